@@ -294,21 +294,6 @@ out_hex(struct out *o, const uint8_t *from, size_t len)
     }
 }
 
-/* As JSON string content or as the value of a Prometheus label: both escape
- * the same three characters the same way, and neither may hold controls. */
-static void
-out_escaped(struct out *o, struct span s)
-{
-    for (; s.at < s.end; s.at++) {
-        if (*s.at == '"' || *s.at == '\\') {
-            out_u8(o, '\\');
-            out_u8(o, *s.at);
-        } else {
-            out_u8(o, *s.at < 0x20 || *s.at == 0x7f ? '?' : *s.at);
-        }
-    }
-}
-
 /* A UTF-8 checker that takes its text in pieces: how many continuation bytes
  * are still missing, and the range the next one must lie in (Unicode 15,
  * table 3-7; RFC 3629).  All zero is "between characters". */
@@ -682,7 +667,7 @@ sys_notify(int fd, const char *state)
     X(SIZE,  memory,           "0",       0,     INT64_C(1) << 40, START, "SIZE", "refuse to start if the sum of --show-memory is more (0: no limit)") \
     X(SIZE,  rate_messages,    "0",       0,     1 << 30,   LIVE,  "N",       "messages a client may send a second (0: no limit)") \
     X(SIZE,  rate_bytes,       "0",       0,     1 << 30,   LIVE,  "SIZE",    "bytes a client may send a second (0: no limit)") \
-    X(SIZE,  coalesce,         "0",       0,     1000,      LIVE,  "MS",      "gather messages of a busy room for so many milliseconds") \
+    X(SIZE,  coalesce,         "0",       0,     10000,     LIVE,  "MS",      "gather messages of a busy room for so many milliseconds") \
     X(SIZE,  ping_interval,    "25",      1,     3600,      LIVE,  "SECONDS", "ping a client that was silent for so long") \
     X(SIZE,  dead_after,       "50",      2,     7200,      LIVE,  "SECONDS", "drop a client that was silent for so long") \
     X(SIZE,  request_timeout,  "10",      1,     3600,      LIVE,  "SECONDS", "for a request head, a TLS handshake, a wait for memory") \
@@ -929,6 +914,10 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
             return false;
         }
         break;
+    }
+    if (set->kind == CFG_OCTAL && n > (uint64_t)set->most) {
+        log_say(LOG_LEVEL_ERROR, "%s: %s is more than 0777", where, name);
+        return false;
     }
     *(uint64_t *)cfg_field(c, set) = n;
     return true;
@@ -1530,8 +1519,8 @@ struct tls {
  *                  └─▶ OPEN ─▶ CLOSING ─▶ LINGER ─▶ GONE ─▶ (free)
  *
  *   invariants   1  in_room only in OPEN and CLOSING
- *                2  a receiver only in OPEN; a request in HEAD, REPLY, or in
- *                   OPEN while bytes behind the head are unread
+ *                2  a receiver only from OPEN on; a request in HEAD, REPLY, or
+ *                   in OPEN while bytes behind the head are unread
  *                3  why is set exactly from CLOSING or LINGER on */
 
 enum conn_state {
@@ -1589,8 +1578,8 @@ struct conn {
     bool starved;      /* waits, unread, for a pool that is dry */
     bool proxied;      /* peer was told by a trusted proxy */
     bool close_after_reply;
-    bool close_last;   /* Close goes behind all messages, not between */
     bool pinged;
+    bool spoke_ws;     /* was OPEN once */
     uint16_t close_code;
     struct member in;
     struct assembly message;
@@ -1617,7 +1606,7 @@ struct room {
     uint64_t slowest;      /* a lower bound of all cursors */
     uint64_t blocks_until; /* entry number behind the newest block */
     uint64_t block_bytes;
-    int64_t flushed_ms, flush_due_ms, judged_ms;
+    int64_t flushed_ms, judged_ms;
     uint16_t first, count; /* members */
     uint16_t bucket_next;
     uint16_t prev, next;   /* of the list of empty rooms */
@@ -1639,7 +1628,7 @@ struct listener {
     int64_t asleep_until;  /* out of the poll set until then */
     uint16_t refused;      /* since refused_ms, by the spare descriptor */
     int64_t refused_ms;
-    const char *path;      /* unix: to be removed at the end */
+    char path[108];        /* local: to be removed at the end */
 };
 
 struct token {
@@ -1693,6 +1682,7 @@ struct collabd {
     int argc;
     char *const *argv;
     struct sys_file config_file, tokens_file, cert_file, key_file;
+    char file_names[4][NAME_MAX + 1]; /* of those files */
     int www; /* folder, or -1 */
     char hostname[65];
 
@@ -1752,6 +1742,7 @@ struct collabd {
 
     struct counters count;
     uint8_t page[COLLABD_REPLY - 1024]; /* a body while it is written */
+    char cors[512]; /* CORS fields of the reply at hand */
     uint64_t slab_size;
     uint8_t *slab;
 };
@@ -1763,15 +1754,6 @@ conn_at(struct collabd *s, uint16_t slot)
 {
     assert(slot < s->conns_fresh);
     return &s->conns[slot];
-}
-
-/* NULL: that connection is gone. */
-static struct conn *
-conn_get(struct collabd *s, struct conn_id id)
-{
-    struct conn *c = id.slot < s->conns_fresh ? &s->conns[id.slot] : NULL;
-    return c != NULL && c->id.gen == id.gen && c->state != CONN_FREE ? c
-                                                                     : NULL;
 }
 
 static struct conn *
@@ -2188,7 +2170,7 @@ struct http {
     bool keep_alive, close;
     bool upgrade_token;        /* Connection: upgrade */
     bool upgrade_websocket;    /* Upgrade: websocket */
-    bool expects;              /* Expect: 100-continue */
+    bool forwarded_https;      /* X-Forwarded-Proto */
 };
 
 /* The verdict on a head: 0, or the status that refuses it with a line that
@@ -2222,23 +2204,24 @@ http_is_token(struct span s)
 }
 
 /* Finds the end of a head: the empty line.  PARSE_OK: *head is the head with
- * the CRLF of its last line, *in goes on behind the empty line.  One empty
- * line ahead of a request is passed over (RFC 9112 2.2). */
+ * the CRLF of its last line, *in goes on behind the empty line.  PARSE_BAD: a
+ * line ends in LF alone.  Empty lines ahead of a request are passed over
+ * (RFC 9112 2.2). */
 static enum parse
 http_head(struct span *in, struct span *head)
 {
     struct span s = *in;
+    const uint8_t *line, *lf;
 
-    if (span_starts(s, "\r\n"))
+    while (span_starts(s, "\r\n"))
         s.at += 2;
-    for (const uint8_t *p = s.at; span_len((struct span){ p, s.end }) >= 4;
-         p++) {
-        p = span_find((struct span){ p, s.end - 3 }, '\r');
-        if (p == s.end - 3)
-            break;
-        if (memcmp(p, "\r\n\r\n", 4) == 0) {
-            *head = (struct span){ s.at, p + 2 };
-            in->at = p + 4;
+    for (line = s.at; (lf = span_find((struct span){ line, s.end }, '\n')) !=
+                      s.end; line = lf + 1) {
+        if (lf == line || lf[-1] != '\r')
+            return PARSE_BAD;
+        if (lf == line + 1 && line > s.at) {
+            *head = (struct span){ s.at, line };
+            in->at = lf + 1;
             return PARSE_OK;
         }
     }
@@ -2322,6 +2305,7 @@ static struct verdict
 http_request_line(struct span line, struct http *h)
 {
     struct span method = span_cut(&line, ' '), target = span_cut(&line, ' ');
+    struct span scheme = target;
     int m;
 
     if (!http_is_token(method))
@@ -2348,9 +2332,14 @@ http_request_line(struct span line, struct http *h)
     for (struct span s = target; s.at < s.end; s.at++)
         if (*s.at <= ' ' || *s.at >= 0x7f || *s.at == '#')
             return HTTP_BAD("the target holds a byte that must be escaped");
-    if (span_starts(target, "http://") || span_starts(target, "https://")) {
+    for (struct span s = target; span_len(s) >= 3; s.at++)
+        if (span_starts(s, "%00"))
+            return HTTP_BAD("the target holds an escaped NUL");
+    scheme.end = span_find(scheme, ':');
+    if ((span_is_folded(scheme, "http") || span_is_folded(scheme, "https")) &&
+        span_starts((struct span){ scheme.end, target.end }, "://")) {
         /* absolute form: its authority counts, not Host (RFC 9112 3.2.2) */
-        target.at = span_find(target, '/') + 2;
+        target.at = scheme.end + 3;
         h->host = (struct span){ target.at, span_find(target, '/') };
         h->host.end = span_find(h->host, '?');
         target.at = h->host.end;
@@ -2427,8 +2416,8 @@ http_field(struct span name, struct span value, struct http *h,
                 501, "no Transfer-Encoding but chunked is known here"
             };
         h->chunked = true;
-    } else if (span_is_folded(name, "Expect")) {
-        h->expects = span_is_folded(value, "100-continue");
+    } else if (span_is_folded(name, "X-Forwarded-Proto")) {
+        h->forwarded_https = span_is_folded(value, "https");
     } else if (span_is_folded(name, "X-Forwarded-For")) {
         if (h->forwarded_count == HTTP_FORWARDED)
             memmove(h->forwarded, h->forwarded + 1,
@@ -2516,14 +2505,11 @@ http_is_upgrade(const struct http *h)
 static struct verdict
 http_judge_upgrade(const struct http *h)
 {
-    uint64_t version;
-
     if (h->method != HTTP_GET)
         return (struct verdict){ 405, "a WebSocket begins with GET" };
     if (h->minor == 0)
         return HTTP_BAD("a WebSocket needs HTTP/1.1");
-    if (h->versions == 0 ||
-        span_decimal(h->version, 255, &version) != PARSE_OK || version != 13)
+    if (h->versions == 0 || !span_is(h->version, "13"))
         return (struct verdict){
             426, "this server speaks WebSocket version 13"
         };
@@ -2604,7 +2590,7 @@ http_accepts_gzip(struct span list)
         struct span coding = span_trim(span_cut(&one, ';'));
         struct span q = span_trim(one);
         bool yes = true;
-        if (span_starts(q, "q=")) { /* zero however written: 0, 0.000 */
+        if (span_len(q) > 2 && byte_lower(*q.at) == 'q' && q.at[1] == '=') { /* zero however written: 0, 0.000 */
             yes = false;
             for (q.at += 2; q.at < q.end; q.at++)
                 yes |= *q.at >= '1' && *q.at <= '9';
@@ -2636,7 +2622,8 @@ http_room_name(struct span path, uint8_t name[COLLABD_NAME_MAX], uint8_t *len)
         return HTTP_BAD("the name is not UTF-8");
     *len = (uint8_t)span_len(s);
     for (size_t i = 0; i < span_len(s); i++)
-        if (name[i] < ' ' || name[i] == 0x7f)
+        if (name[i] < ' ' || name[i] == 0x7f ||
+            (name[i] == 0xc2 && name[i + 1] < 0xa0)) /* C1, complete UTF-8 */
             return HTTP_BAD("the name holds a control character");
     do {
         struct span part = span_cut(&s, '/');
@@ -2983,6 +2970,8 @@ access_token_line(struct tokens *t, struct span line)
 
     if (span_is_empty(hash) || *hash.at == '#')
         return NULL;
+    if (span_has((struct span){ hash.at, line.end }, 0))
+        return "there is a NUL in it";
     if (t->count == COLLABD_TOKENS)
         return "more lines than COLLABD_TOKENS (collabd.h)";
     *token = (struct token){ .right = RIGHT_READ };
@@ -3057,6 +3046,7 @@ static enum access_right
 access_judge(const struct tokens *t, const uint8_t id[16], struct span thing,
              bool *known)
 {
+    static const uint8_t none[16]; /* who gave no token */
     enum access_right best = RIGHT_NONE;
 
     *known = false;
@@ -3064,6 +3054,8 @@ access_judge(const struct tokens *t, const uint8_t id[16], struct span thing,
         *known = true;
         return RIGHT_WRITE;
     }
+    if (access_same(id, none, 16))
+        return RIGHT_NONE;
     for (unsigned i = 0; i < t->count; i++) {
         const struct token *token = &t->token[i];
         if (!access_same(token->hash, id, 16))
@@ -3151,13 +3143,13 @@ static bool
 access_is_trusted(const struct cfg *c, const uint8_t peer[16], bool local)
 {
     for (unsigned i = 0; i < c->trust_proxy.count; i++) {
-        const char *text = cfg_item(c, &c->trust_proxy, i);
+        struct span list = span_text(cfg_item(c, &c->trust_proxy, i)), one;
         uint8_t a[16];
-        if (strcmp(text, "unix") == 0 ? local
-                                      : !local &&
-                access_parse_address(span_text(text), a) &&
-                memcmp(a, peer, 16) == 0)
-            return true;
+        while (http_list_next(&list, &one))
+            if (span_is(one, "unix") ? local
+                                     : !local && access_parse_address(one, a) &&
+                                           memcmp(a, peer, 16) == 0)
+                return true;
     }
     return false;
 }
@@ -3238,32 +3230,93 @@ access_host_is_ours(const struct cfg *c, const char *hostname,
 
 enum origin { ORIGIN_NONE, ORIGIN_SAME, ORIGIN_LISTED, ORIGIN_FOREIGN };
 
+/* Cuts scheme://host[:port]; the port is left out where it is the scheme's
+ * own.  False: it is no origin. */
+static bool
+access_cut_origin(struct span text, struct span *scheme, struct span *host)
+{
+    struct span name;
+
+    scheme->at = text.at;
+    scheme->end = span_find(text, ':');
+    if (!span_starts((struct span){ scheme->end, text.end }, "://"))
+        return false;
+    *host = (struct span){ scheme->end + 3, text.end };
+    if (!http_host_name(*host, &name))
+        return false;
+    if ((span_is_folded(*scheme, "http") && span_ends_folded(*host, ":80")) ||
+        (span_is_folded(*scheme, "https") && span_ends_folded(*host, ":443")))
+        host->end = span_find((struct span){ name.end, host->end }, ':');
+    return true;
+}
+
+/* Is an origin listed, as a whole, by its host, or by "*"? */
+static bool
+access_origin_is_listed(const struct cfg *c, struct span scheme,
+                        struct span host)
+{
+    struct span name, s, h;
+
+    (void)http_host_name(host, &name);
+    for (unsigned i = 0; i < c->origin.count; i++) {
+        struct span item = span_text(cfg_item(c, &c->origin, i));
+        if (span_is(item, "*") || span_equals_folded(item, name) ||
+            (access_cut_origin(item, &s, &h) && span_equals_folded(s, scheme) &&
+             span_equals_folded(h, host)))
+            return true;
+    }
+    return false;
+}
+
 /* Where does the page come from that makes this request?  No Origin: it is
  * not a browser's. */
 static enum origin
 access_origin(const struct cfg *c, const struct http *h)
 {
-    struct span rest = h->origin, name, host;
-    const uint8_t *colon;
+    struct span scheme, host, name, ours;
 
     if (h->origins == 0)
         return ORIGIN_NONE;
-    colon = span_find(rest, ':');
-    name = rest;
-    if (span_starts((struct span){ colon, rest.end }, "://"))
-        name.at = colon + 3;
-    if (span_is(rest, "null"))
-        return access_is_listed(c, &c->origin, rest) ? ORIGIN_LISTED
-                                                     : ORIGIN_FOREIGN;
-    if (http_host_name(name, &name) && http_host_name(h->host, &host) &&
-        span_equals_folded(name, host))
+    if (span_is(h->origin, "null"))
+        return access_is_listed(c, &c->origin, h->origin) ? ORIGIN_LISTED
+                                                          : ORIGIN_FOREIGN;
+    if (!access_cut_origin(h->origin, &scheme, &host))
+        return ORIGIN_FOREIGN;
+    if (http_host_name(host, &name) && http_host_name(h->host, &ours) &&
+        span_equals_folded(name, ours))
         return ORIGIN_SAME;
-    if (access_is_listed(c, &c->origin, rest) ||
-        access_is_listed(c, &c->origin, name) ||
-        access_is_listed(c, &c->origin, span_text("*")))
-        return ORIGIN_LISTED;
-    return ORIGIN_FOREIGN;
+    return access_origin_is_listed(c, scheme, host) ? ORIGIN_LISTED
+                                                    : ORIGIN_FOREIGN;
 }
+
+/* May this origin be repeated in a message as it is?  Whoever reads it may
+ * paste it into a shell or see it as HTML. */
+static bool
+access_is_harmless(struct span origin)
+{
+    for (struct span s = origin; s.at < s.end; s.at++)
+        if (!byte_is_digit(*s.at) &&
+            !(byte_lower(*s.at) >= 'a' && byte_lower(*s.at) <= 'z') &&
+            (*s.at == 0 || strchr("-._:/[]", *s.at) == NULL))
+            return false;
+    return span_len(origin) <= 128;
+}
+
+/* Why a foreign origin is refused, and what would let it in. */
+static void
+access_why_foreign(struct span origin, char *why, size_t size)
+{
+    if (!access_is_harmless(origin))
+        (void)snprintf(why, size, "pages from this Origin may not do this, and "
+                       "it cannot be listed by --origin");
+    else
+        (void)snprintf(why, size,
+                       "pages from %.*s may not do this; to let them, add "
+                       "--origin %.*s",
+                       (int)span_len(origin), (const char *)origin.at,
+                       (int)span_len(origin), (const char *)origin.at);
+}
+
 /* ===== 11  Rooms =========================================================
  * Who shares what, and the fan-out: publish once, read by cursor.
  *
@@ -3353,7 +3406,13 @@ room_close(struct collabd *s, struct room *room)
 {
     uint16_t *link = room_bucket(s, room_name(room));
 
-    assert(room->count == 0 && !room->dirty);
+    assert(room->count == 0);
+    if (room->dirty) { /* it was still gathering for members that left */
+        uint16_t *dirty = &s->dirty_first;
+        while (*dirty != room_slot(s, room))
+            dirty = &s->rooms[*dirty].dirty_next;
+        *dirty = room->dirty_next;
+    }
     while (room->ring.tail < room->ring.head)
         room_drop_oldest(s, room);
     while (*link != room_slot(s, room))
@@ -3416,6 +3475,14 @@ room_history(const struct room *room, uint64_t n)
     return entry;
 }
 
+/* Is this entry not for that connection? */
+static bool
+room_is_own(const struct entry *e, const struct conn *c)
+{
+    return !c->in.echo && e->from.slot == c->id.slot &&
+           e->from.gen == c->id.gen;
+}
+
 static void
 room_join(struct collabd *s, struct room *room, struct conn *c, bool echo,
           uint64_t history)
@@ -3427,19 +3494,14 @@ room_join(struct collabd *s, struct room *room, struct conn *c, bool echo,
                              .room = room_slot(s, room), .prev = NONE,
                              .next = room->first, .echo = echo,
                              .moved_ms = now_ms };
+    for (uint64_t i = c->in.entry; i < room->ring.head; i++)
+        if (room_is_own(ring_entry(&room->ring, i), c)) /* gen came round */
+            c->in.own += ring_charge(ring_entry(&room->ring, i)->len);
     if (room->first != NONE)
         s->conns[room->first].in.prev = c->id.slot;
     room->first = c->id.slot;
     if (room->count++ == 0 || c->in.entry < room->slowest)
         room->slowest = c->in.entry;
-}
-
-/* Is this entry not for that connection? */
-static bool
-room_is_own(const struct entry *e, const struct conn *c)
-{
-    return !c->in.echo && e->from.slot == c->id.slot &&
-           e->from.gen == c->id.gen;
 }
 
 /* One member passes an entry. */
@@ -3880,7 +3942,7 @@ net_listen_unix(struct listener *l, const char *path, unsigned mode)
         chmod(path, mode) != 0 || listen(l->fd, SOMAXCONN) != 0)
         return -1;
     l->local = true;
-    l->path = path;
+    memcpy(l->path, at.sun_path, sizeof l->path);
     return 0;
 }
 
@@ -4215,7 +4277,9 @@ tls_read_pem(struct sys_file file, bool key, struct tls_config *t)
     else
         failed = mbedtls_x509_crt_parse(&t->chain, text, (size_t)n + 1);
     explicit_bzero(text, sizeof text);
-    if (failed == 0)
+    /* more than 0: some of the chain were passed over, as our own CA is, whose
+     * critical name constraints mbedTLS does not know; the leaf is there */
+    if (failed == 0 || (failed > 0 && !key && t->chain.raw.p != NULL))
         return NULL;
     return key ? "holds no private key in PEM that mbedTLS can read"
                : "holds no certificate in PEM that mbedTLS can read";
@@ -4503,6 +4567,21 @@ net_send(struct collabd *s, struct conn *c, struct iovec *from, int count)
                : IO_GONE;
 }
 
+/* A 503 for whom there is no buffer, straight into a plain socket. */
+static void
+net_say_503(struct collabd *s, int fd, const char *why)
+{
+    char text[256];
+    int n = snprintf(text, sizeof text,
+                     "HTTP/1.1 503 Service Unavailable\r\n"
+                     "Content-Type: text/plain\r\nContent-Length: %zu\r\n"
+                     "Retry-After: 5\r\nConnection: close\r\n\r\n%s\n",
+                     strlen(why) + 1, why);
+
+    s->count.statuses[503 - 100]++;
+    (void)sys.send(fd, text, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
 /* Is there input that poll() does not know of? */
 static bool
 net_has_pending(const struct collabd *s, const struct conn *c)
@@ -4541,9 +4620,809 @@ net_shut(struct collabd *s, struct conn *c)
     (void)s;
 }
 #if COLLABD_TLS
-static int cert_make(const char *dir) { (void)dir; return -1; }
-static void cert_renew(struct collabd *s, const struct cfg *c) { (void)s; (void)c; }
-#endif
+
+/* ===== 13  Certificates =================================================
+ * `collabd --make-cert DIR`: a CA for this box, to be installed once on each
+ * device, and a leaf that is issued again as often as need be.
+ *
+ *     ca-key.pem --- signs ---> ca.pem     10 years; ca.crt is the same as DER,
+ *          |                               the form that phones install
+ *          '-------- signs ---> cert.pem   396 days; ca.pem's text behind it
+ *     key.pem                              the key of cert.pem
+ *
+ *   Whoever steals ca-key.pem can play this box and nobody else: ca.pem has
+ *   name constraints (RFC 5280 4.2.1.10), which permit this box's names and
+ *   private addresses only.
+ *
+ *   A file that is there is kept, or it is an error that says what to do.
+ *   Only a cert.pem that was issued by the ca.pem beside it is replaced.
+ *
+ *   The clock may be wrong: a board without a battery starts in the past.  So
+ *   time is never before the birth of what was made here, and nothing is
+ *   thrown away merely because it seems to have ended.
+ *
+ *   A leaf with more names than the machine has is not due: an interface that
+ *   comes up late will find the address it had before.
+ * ======================================================================= */
+
+#define CERT_DAY 86400
+#define CERT_CA_DAYS 3650
+#define CERT_LEAF_DAYS 395 /* and one before now: browsers take 397 */
+#define CERT_RENEW_DAYS 30
+#define CERT_WARN_DAYS 90 /* a CA that ends this soon is spoken of */
+
+/* cert.pem is, in base64, GeneralNames of CERT_SAN, less than 1 KiB besides,
+ * and ca.pem. */
+#define CERT_SAN 1024
+#define CERT_CA_TEXT 3072
+#define CERT_TEXT 6144
+
+#define CERT_DNS 0x82 /* GeneralName: dNSName [2] and iPAddress [7] */
+#define CERT_IP 0x87
+
+#define CERT_AFRESH                                                            \
+    "move all files there away, run --make-cert again and install the new "    \
+    "ca.crt on each device"
+
+/* Private addresses: what the CA may sign, and so what a leaf may hold. */
+static const struct cert_range {
+    uint8_t size, bits, first[2];
+} cert_ranges[] = {
+    { 4, 8, { 10 } },        { 4, 12, { 172, 16 } },
+    { 4, 16, { 192, 168 } }, { 4, 16, { 169, 254 } },
+    { 4, 10, { 100, 64 } },  { 4, 8, { 127 } },
+    { 16, 7, { 0xfc } },     { 16, 10, { 0xfe, 0x80 } },
+    { 16, 128, { 0 } }, /* ::1 */
+};
+
+/* A folder, what was found in it and what the machine is called now. */
+struct cert {
+    int folder;                     /* -1: not open */
+    char dir[256];                  /* its name and a slash, for messages */
+    int64_t now;                    /* seconds; see the chapter's head */
+    mbedtls_pk_context ca_key, key; /* of type NONE: no such file */
+    mbedtls_x509_crt ca, leaf;      /* raw.p NULL: no such file */
+    size_t ca_len;                  /* of ca_text, without the zero */
+    bool chained;                   /* cert.pem ends with ca.pem's text */
+
+    char names[3][72]; /* host in lower case, its first label.local, ... */
+    struct out san;    /* the GeneralNames so far, in san_bytes */
+    struct out listed; /* the same for people */
+    bool leaf_lacks;   /* the leaf has not all of san */
+    bool quiet;        /* only judging: nothing is said of what is left out */
+
+    uint8_t san_bytes[CERT_SAN];
+    char listed_text[400], day_text[40];
+    uint8_t ca_text[CERT_CA_TEXT + 1], text[CERT_TEXT + 1];
+};
+
+/* ----- dates --------------------------------------------------------------
+ * time_t may end in 2038, before a CA does: hence no gmtime(). */
+
+/* Days since 1970.  Years begin in March here, so that the leap day comes
+ * last; (153 m + 2) / 5 days lie before their m-th month. */
+static int64_t
+cert_days(int year, int month, int day)
+{
+    int64_t y = month > 2 ? year : year - 1, m = (month + 9) % 12;
+
+    return y * 365 + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1 -
+           719468;
+}
+
+static int64_t
+cert_seconds(const mbedtls_x509_time *t)
+{
+    return cert_days(t->year, t->mon, t->day) * CERT_DAY + t->hour * 3600 +
+           t->min * 60 + t->sec;
+}
+
+/* YYYYMMDDhhmmss, as mbedTLS wants it. */
+static void
+cert_date(int64_t seconds, char text[40])
+{
+    int64_t days = seconds / CERT_DAY;
+    int rest = (int)(seconds % CERT_DAY), month = 1;
+    int year = 1970 + (int)(days / 366);
+
+    while (year < 9999 && cert_days(year + 1, 1, 1) <= days)
+        year++;
+    while (month < 12 && cert_days(year, month + 1, 1) <= days)
+        month++;
+    (void)snprintf(text, 40, "%04d%02d%02d%02d%02d%02d", year, month,
+                   (int)(days - cert_days(year, month, 1)) + 1, rest / 3600,
+                   rest / 60 % 60, rest % 60);
+}
+
+static const char *
+cert_day(struct cert *c, const mbedtls_x509_time *t)
+{
+    (void)snprintf(c->day_text, sizeof c->day_text, "%04d-%02d-%02d", t->year,
+                   t->mon, t->day);
+    return c->day_text;
+}
+
+/* ----- names, addresses and their DER -------------------------------------
+ * DER has one form for each value, and what is compared came out of cert_der
+ * on both sides: so searching for the bytes is enough. */
+
+static void
+cert_der(struct out *o, uint8_t tag, const void *value, size_t len)
+{
+    assert(len <= 0xffff);
+    out_u8(o, tag);
+    if (len > 0xff) {
+        out_u8(o, 0x82);
+        out_u8(o, (uint8_t)(len >> 8));
+    } else if (len > 0x7f) {
+        out_u8(o, 0x81);
+    }
+    out_u8(o, (uint8_t)len);
+    out_bytes(o, value, len);
+}
+
+/* GeneralSubtree: a name and all below it, or an address and its mask. */
+static void
+cert_subtree(struct out *o, uint8_t tag, const void *value, size_t len)
+{
+    uint8_t name[80];
+    struct out n = out_over(name, sizeof name);
+
+    cert_der(&n, tag, value, len);
+    assert(!n.full);
+    cert_der(o, 0x30, name, (size_t)(n.at - name));
+}
+
+/* A range's first address and its mask, one behind the other. */
+static void
+cert_range(const struct cert_range *r, uint8_t both[32])
+{
+    memset(both, 0, 32);
+    memcpy(both, r->first, 2);
+    if (r->bits == 128)
+        both[15] = 1;
+    for (unsigned i = 0; i < r->bits; i++)
+        both[r->size + i / 8] |= (uint8_t)(0x80 >> i % 8);
+}
+
+static bool
+cert_is_private(const uint8_t *address, size_t size)
+{
+    uint8_t both[32];
+
+    for (size_t i = 0; i < sizeof cert_ranges / sizeof cert_ranges[0]; i++) {
+        size_t n = 0;
+
+        cert_range(&cert_ranges[i], both);
+        while (n < size && (address[n] & both[size + n]) == both[n])
+            n++;
+        if (n == size && size == cert_ranges[i].size)
+            return true;
+    }
+    return false;
+}
+
+/* NameConstraints for three names and the private ranges. */
+static void
+cert_constraints(struct out *o, char names[3][72])
+{
+    uint8_t trees[512], permitted[520], both[32];
+    struct out t = out_over(trees, sizeof trees);
+    struct out p = out_over(permitted, sizeof permitted);
+
+    for (int i = 0; i < 3; i++)
+        cert_subtree(&t, CERT_DNS, names[i], strlen(names[i]));
+    for (size_t i = 0; i < sizeof cert_ranges / sizeof cert_ranges[0]; i++) {
+        cert_range(&cert_ranges[i], both);
+        cert_subtree(&t, CERT_IP, both, 2 * (size_t)cert_ranges[i].size);
+    }
+    cert_der(&p, 0xa0, trees, (size_t)(t.at - trees));
+    assert(!t.full && !p.full);
+    cert_der(o, 0x30, permitted, (size_t)(p.at - permitted));
+}
+
+/* Labels of at most 63 letters, digits and inner hyphens (RFC 1123 2.1). */
+static bool
+cert_is_hostname(const char *s)
+{
+    size_t label = 0;
+
+    for (; *s != '\0'; s++) {
+        bool alnum = (*s >= 'a' && *s <= 'z') || (*s >= '0' && *s <= '9');
+
+        if (*s == '.' ? label == 0 || s[-1] == '-'
+                      : !alnum && (*s != '-' || label == 0))
+            return false;
+        label = *s == '.' ? 0 : label + 1;
+        if (label > 63)
+            return false;
+    }
+    return label > 0 && s[-1] != '-';
+}
+
+static int
+cert_find_host(struct cert *c)
+{
+    char *host = c->names[0];
+
+    if (gethostname(host, 65) != 0)
+        host[0] = '\0';
+    for (char *s = host; *s != '\0'; s++)
+        *s = (char)byte_lower((uint8_t)*s);
+    (void)snprintf(c->names[1], sizeof c->names[1], "%.*s.local",
+                   (int)strcspn(host, "."), host);
+    memcpy(c->names[2], "localhost", sizeof "localhost");
+    if (cert_is_hostname(host))
+        return 0;
+    log_say(LOG_LEVEL_ERROR,
+            "the hostname '%s' cannot stand in a certificate: set one of "
+            "letters, digits, hyphens and dots, as in `hostname my-box` (and "
+            "in /etc/hostname), and run --make-cert again",
+            host);
+    return -1;
+}
+
+static bool
+cert_has(const mbedtls_x509_crt *crt, const void *bytes, size_t len)
+{
+    return crt->v3_ext.p != NULL &&
+           memmem(crt->v3_ext.p, crt->v3_ext.len, bytes, len) != NULL;
+}
+
+/* A CA without constraints, brought from elsewhere, may sign any name. */
+static bool
+cert_permits(const mbedtls_x509_crt *ca, const char *name)
+{
+    uint8_t tree[80];
+    struct out t = out_over(tree, sizeof tree);
+
+    cert_subtree(&t, CERT_DNS, name, strlen(name));
+    return !cert_has(ca, "\x06\x03\x55\x1d\x1e", 5) ||
+           cert_has(ca, tree, (size_t)(t.at - tree));
+}
+
+/* Takes a name or an address into the list, once, if the CA may sign it. */
+static void
+cert_add(struct cert *c, uint8_t tag, const void *value, size_t len,
+         const char *shown)
+{
+    uint8_t entry[80];
+    struct out e = out_over(entry, sizeof entry);
+    bool fits = tag == CERT_DNS ? cert_permits(&c->ca, shown)
+                                : cert_is_private(value, len);
+
+    cert_der(&e, tag, value, len);
+    len = (size_t)(e.at - entry);
+    if (memmem(c->san_bytes, (size_t)(c->san.at - c->san_bytes), entry, len))
+        return;
+    if (fits && (size_t)(c->san.end - c->san.at) >= len) {
+        out_bytes(&c->san, entry, len);
+        out_format(&c->listed, " %s", shown);
+        c->leaf_lacks = c->leaf_lacks || !cert_has(&c->leaf, entry, len);
+    } else if (!c->quiet) {
+        log_say(tag == CERT_DNS ? LOG_LEVEL_WARNING : LOG_LEVEL_INFO,
+                "%scert.pem is without %s, %s%s", c->dir, shown,
+                fits ? "for which there is no room"
+                     : "which ca.pem does not permit",
+                tag == CERT_DNS ? ": for a new hostname " CERT_AFRESH : "");
+    }
+}
+
+/* Lists what the machine is called now. */
+static void
+cert_find_names(struct cert *c)
+{
+    struct ifaddrs *all = NULL;
+
+    for (int i = 0; i < 3; i++)
+        cert_add(c, CERT_DNS, c->names[i], strlen(c->names[i]), c->names[i]);
+    if (getifaddrs(&all) != 0)
+        log_say(LOG_LEVEL_WARNING,
+                "no addresses for the certificate: they cannot be listed: %s",
+                strerror(errno));
+    for (struct ifaddrs *a = all; a != NULL; a = a->ifa_next) {
+        int family = a->ifa_addr == NULL ? AF_UNSPEC : a->ifa_addr->sa_family;
+        char shown[INET6_ADDRSTRLEN];
+        const void *at;
+
+        if (family == AF_INET)
+            at = &((struct sockaddr_in *)(void *)a->ifa_addr)->sin_addr;
+        else if (family == AF_INET6)
+            at = &((struct sockaddr_in6 *)(void *)a->ifa_addr)->sin6_addr;
+        else
+            continue;
+        if ((a->ifa_flags & IFF_UP) != 0 &&
+            inet_ntop(family, at, shown, sizeof shown) != NULL)
+            cert_add(c, CERT_IP, at, family == AF_INET ? 4 : 16, shown);
+    }
+    if (all != NULL)
+        freeifaddrs(all);
+}
+
+/* ----- files -------------------------------------------------------------- */
+
+/* These two say what is wrong with a file and what to do, and return -1. */
+static int
+cert_bad(const struct cert *c, const char *name, const char *what)
+{
+    bool ca = strncmp(name, "ca", 2) == 0;
+
+    log_say(LOG_LEVEL_ERROR, "%s%s %s: put the right file back, or %s", c->dir,
+            name, what,
+            ca ? CERT_AFRESH : "move it away and run --make-cert again");
+    return -1;
+}
+
+static int
+cert_barred(const struct cert *c, const char *name, int error)
+{
+    log_say(LOG_LEVEL_ERROR,
+            "%s%s: %s: name a folder where this user may read and write, and "
+            "that has room",
+            c->dir, name, strerror(error));
+    return -1;
+}
+
+/* The length counts the zero behind the text, as mbedTLS wants it of PEM.
+ * 0: there is no such file.  -1: cannot be read, logged. */
+static ssize_t
+cert_read(const struct cert *c, const char *name, uint8_t *buf, size_t max)
+{
+    ssize_t n = sys_read_file((struct sys_file){ c->folder, name }, buf, max);
+
+    if (n >= 0)
+        return n + 1;
+    return errno == ENOENT ? 0 : cert_barred(c, name, errno);
+}
+
+/* Replaces a file as a whole: after a power cut it is the old one or the new
+ * one. */
+static int
+cert_write(const struct cert *c, const char *name, mode_t mode,
+           const uint8_t *data, size_t len)
+{
+    char temp[32];
+    int fd, error;
+
+    (void)snprintf(temp, sizeof temp, ".%s.new", name);
+    (void)unlinkat(c->folder, temp, 0);
+    fd = sys.openat(c->folder, temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC,
+                    mode);
+    error = fd < 0 ? errno : 0;
+    while (error == 0 && len > 0) {
+        ssize_t n = sys.write(fd, data, len);
+
+        if (n < 0 && errno != EINTR)
+            error = errno;
+        if (n > 0) {
+            data += n;
+            len -= (size_t)n;
+        }
+    }
+    if (error == 0 && sys.fsync(fd) != 0)
+        error = errno;
+    if (fd >= 0 && sys.close(fd) != 0 && error == 0)
+        error = errno;
+    if (error == 0 && sys.renameat(c->folder, temp, c->folder, name) != 0)
+        error = errno;
+    /* EINVAL: a file system on which a folder needs no sync */
+    if (error == 0 && sys.fsync(c->folder) != 0 && errno != EINVAL)
+        error = errno;
+    if (error == 0)
+        return 0;
+    (void)unlinkat(c->folder, temp, 0);
+    return cert_barred(c, name, error);
+}
+
+static int
+cert_load_key(struct cert *c, const char *name, mbedtls_pk_context *key)
+{
+    ssize_t n = cert_read(c, name, c->text, CERT_TEXT);
+
+    if (n > 0 && tls_parse_key(key, c->text, (size_t)n) != 0)
+        return cert_bad(c, name, "is not a private key without password");
+    return n < 0 ? -1 : 0;
+}
+
+/* Time does not run before this certificate was born. */
+static void
+cert_set_now(struct cert *c, const mbedtls_x509_crt *crt, const char *name)
+{
+    int64_t birth = cert_seconds(&crt->valid_from);
+
+    if (birth > sys_now_real())
+        log_say(LOG_LEVEL_WARNING,
+                "%s%s is not valid before %s: set the clock; or, if it was "
+                "wrong then, %s",
+                c->dir, name, cert_day(c, &crt->valid_from), CERT_AFRESH);
+    if (c->now < birth + CERT_DAY)
+        c->now = birth + CERT_DAY;
+}
+
+static int
+cert_load_ca(struct cert *c)
+{
+    ssize_t n = cert_read(c, "ca.pem", c->ca_text, CERT_CA_TEXT);
+    int64_t left;
+
+    if (n <= 0)
+        return (int)n;
+    c->ca_len = (size_t)n - 1;
+    if (tls_parse_ca(&c->ca, c->ca_text) != 0)
+        return cert_bad(c, "ca.pem", "is not a certificate");
+    if (mbedtls_pk_get_type(&c->ca_key) == MBEDTLS_PK_NONE)
+        return cert_bad(c, "ca-key.pem", "is missing beside ca.pem");
+    if (!tls_keys_match(&c->ca.pk, &c->ca_key))
+        return cert_bad(c, "ca-key.pem", "does not belong to ca.pem");
+    if (mbedtls_x509_crt_check_key_usage(&c->ca,
+                                         MBEDTLS_X509_KU_KEY_CERT_SIGN) != 0)
+        return cert_bad(c, "ca.pem", "is not a CA");
+
+    cert_set_now(c, &c->ca, "ca.pem");
+    left = cert_seconds(&c->ca.valid_to) - c->now;
+    if (left < CERT_WARN_DAYS * CERT_DAY)
+        log_say(left < 0 ? LOG_LEVEL_ERROR : LOG_LEVEL_WARNING,
+                "%sca.pem ends on %s: if the clock is right, %s", c->dir,
+                cert_day(c, &c->ca.valid_to), CERT_AFRESH);
+    return left < 0 ? -1 : 0;
+}
+
+static int
+cert_load_leaf(struct cert *c)
+{
+    ssize_t n = cert_read(c, "cert.pem", c->text, CERT_TEXT);
+
+    if (n <= 0)
+        return (int)n;
+    /* More than 0: the CA behind it was skipped for its constraints. */
+    if (mbedtls_x509_crt_parse(&c->leaf, c->text, (size_t)n) < 0)
+        return cert_bad(c, "cert.pem", "is not a certificate");
+    c->chained =
+        (size_t)n > c->ca_len &&
+        memcmp(c->text + (size_t)n - 1 - c->ca_len, c->ca_text, c->ca_len) == 0;
+    cert_set_now(c, &c->leaf, "cert.pem");
+    return 0;
+}
+
+static void
+cert_close(struct cert *c)
+{
+    mbedtls_pk_free(&c->ca_key);
+    mbedtls_pk_free(&c->key);
+    mbedtls_x509_crt_free(&c->ca);
+    mbedtls_x509_crt_free(&c->leaf);
+    if (c->folder >= 0)
+        (void)sys.close(c->folder);
+    explicit_bzero(c, sizeof *c);
+    c->folder = -1;
+}
+
+/* Opens the folder of a file, takes its lock and loads what is in it; path
+ * names the file in messages.  To be closed even if it fails. */
+static int
+cert_open(struct cert *c, struct sys_file file, const char *path)
+{
+    const char *slash = strrchr(path, '/');
+
+    memset(c, 0, sizeof *c);
+    (void)snprintf(c->dir, sizeof c->dir, "%.*s",
+                   slash == NULL ? 0 : (int)(slash + 1 - path), path);
+    c->now = sys_now_real();
+    c->san = out_over(c->san_bytes, sizeof c->san_bytes);
+    c->listed = out_over(c->listed_text, sizeof c->listed_text);
+    mbedtls_pk_init(&c->ca_key);
+    mbedtls_pk_init(&c->key);
+    mbedtls_x509_crt_init(&c->ca);
+    mbedtls_x509_crt_init(&c->leaf);
+    /* anew, as what O_PATH opened can be neither locked nor synced */
+    c->folder =
+        sys.openat(file.folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (c->folder < 0)
+        return cert_barred(c, "", errno);
+    (void)flock(c->folder, LOCK_EX);
+    if (tls_random_start() != 0 || cert_find_host(c) != 0 ||
+        cert_load_key(c, "ca-key.pem", &c->ca_key) != 0 ||
+        cert_load_ca(c) != 0 || cert_load_key(c, "key.pem", &c->key) != 0)
+        return -1;
+    return cert_load_leaf(c);
+}
+
+/* ----- verdicts ----------------------------------------------------------- */
+
+static bool
+cert_is_ours(struct cert *c)
+{
+    uint32_t flags = 0;
+
+    if (c->ca.raw.p == NULL)
+        return false;
+    (void)mbedtls_x509_crt_verify(&c->leaf, &c->ca, NULL, NULL, &flags, NULL,
+                                  NULL);
+    return (flags & MBEDTLS_X509_BADCERT_NOT_TRUSTED) == 0;
+}
+
+/* Why a leaf has to be issued; NULL: it has not. */
+static const char *
+cert_judge(const struct cert *c)
+{
+    int64_t end = cert_seconds(&c->leaf.valid_to);
+
+    if (c->leaf.raw.p == NULL)
+        return "there was none";
+    if (!tls_keys_match(&c->leaf.pk, &c->key))
+        return "key.pem was not its key";
+    if (!c->chained)
+        return "ca.pem was not behind it";
+    if (end < c->now + CERT_RENEW_DAYS * CERT_DAY &&
+        end < cert_seconds(&c->ca.valid_to))
+        return "it had less than 30 days left";
+    return c->leaf_lacks ? "the machine has a new name or address" : NULL;
+}
+
+/* ----- making ------------------------------------------------------------- */
+
+/* What a chain of calls of mbedTLS came to. */
+static int
+cert_made(const char *what, int error)
+{
+    if (error == 0)
+        return 0;
+    log_say(LOG_LEVEL_ERROR, "mbedTLS cannot make a %s (-0x%04x)", what,
+            (unsigned)-error);
+    return -1;
+}
+
+/* Makes a key and writes it, unless one was loaded. */
+static int
+cert_need_key(struct cert *c, const char *name, mbedtls_pk_context *key)
+{
+    int error;
+
+    if (mbedtls_pk_get_type(key) != MBEDTLS_PK_NONE)
+        return 0;
+    error = mbedtls_pk_setup(key, mbedtls_pk_info_from_type(MBEDTLS_PK_ECKEY));
+    if (error == 0)
+        error = mbedtls_ecp_gen_key(MBEDTLS_ECP_DP_SECP256R1,
+                                    mbedtls_pk_ec(*key), tls_random, NULL);
+    if (error == 0)
+        error = mbedtls_pk_write_key_pem(key, c->text, CERT_TEXT);
+    if (cert_made("key", error) != 0)
+        return -1;
+    return cert_write(c, name, 0600, c->text, strlen((char *)c->text));
+}
+
+/* What a CA is, or a leaf: all but names and keys. */
+static int
+cert_extend(struct cert *c, mbedtls_x509write_cert *w, bool is_ca)
+{
+    static const uint8_t basic[] = { 0x30, 6, 1, 1, 0xff, 2, 1, 0 };
+    static const uint8_t signs[] = { 3, 2, 1, 0x06 }; /* certificates, CRLs */
+    static const uint8_t usage[] = { 3, 2, 7, 0x80 }; /* digitalSignature */
+    static const uint8_t server[] = {
+        0x30, 10, 6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 1
+    }; /* serverAuth */
+    uint8_t names[CERT_SAN + 4];
+    struct out o = out_over(names, sizeof names);
+    int error = 0;
+
+    if (is_ca)
+        cert_constraints(&o, c->names);
+    else
+        cert_der(&o, 0x30, c->san_bytes, (size_t)(c->san.at - c->san_bytes));
+    assert(!o.full);
+
+    const struct {
+        char id; /* of 2.5.29 */
+        bool critical;
+        const uint8_t *value;
+        size_t len;
+    } all[] = {
+        { 15, true, is_ca ? signs : usage, sizeof usage },
+        { is_ca ? 19 : 37, is_ca, is_ca ? basic : server,
+          is_ca ? sizeof basic : sizeof server },
+        { is_ca ? 30 : 17, is_ca, names, (size_t)(o.at - names) },
+    };
+    for (int i = 0; i < 3 && error == 0; i++)
+        error = mbedtls_x509write_crt_set_extension(
+            w, (char[]){ 0x55, 0x1d, all[i].id }, 3, all[i].critical,
+            all[i].value, all[i].len);
+    return error;
+}
+
+/* Signs a CA (which signs itself) or a leaf, as PEM into c->text. */
+static int
+cert_sign(struct cert *c, bool is_ca)
+{
+    int64_t end = c->now + (is_ca ? CERT_CA_DAYS : CERT_LEAF_DAYS) * CERT_DAY;
+    char from[40], to[40], subject[256], issuer[256];
+    uint8_t serial[16];
+    mbedtls_x509write_cert w;
+    int error = tls_random(NULL, serial, sizeof serial);
+
+    serial[0] = (uint8_t)((serial[0] & 0x3f) | 0x40); /* positive, not 0 */
+    if (is_ca) {
+        /* at most 64 bytes; several boxes may have one hostname */
+        (void)snprintf(subject, sizeof subject,
+                       "CN=collabd CA %.40s %02x%02x%02x", c->names[0],
+                       serial[1], serial[2], serial[3]);
+        memcpy(issuer, subject, sizeof issuer);
+    } else {
+        (void)snprintf(subject, sizeof subject, "CN=%s", c->names[0]);
+        (void)mbedtls_x509_dn_gets(issuer, sizeof issuer, &c->ca.subject);
+        if (end > cert_seconds(&c->ca.valid_to))
+            end = cert_seconds(&c->ca.valid_to);
+    }
+    cert_date(c->now - CERT_DAY, from);
+    cert_date(end, to);
+
+    mbedtls_x509write_crt_init(&w);
+    mbedtls_x509write_crt_set_md_alg(&w, MBEDTLS_MD_SHA256);
+    mbedtls_x509write_crt_set_subject_key(&w, is_ca ? &c->ca_key : &c->key);
+    mbedtls_x509write_crt_set_issuer_key(&w, &c->ca_key);
+    if (error == 0)
+        error = tls_set_serial(&w, serial, sizeof serial);
+    if (error == 0)
+        error = mbedtls_x509write_crt_set_validity(&w, from, to);
+    if (error == 0)
+        error = mbedtls_x509write_crt_set_subject_name(&w, subject);
+    if (error == 0)
+        error = mbedtls_x509write_crt_set_issuer_name(&w, issuer);
+    if (error == 0)
+        error = cert_extend(c, &w, is_ca);
+    if (error == 0)
+        error = mbedtls_x509write_crt_set_subject_key_identifier(&w);
+    if (error == 0)
+        error = mbedtls_x509write_crt_set_authority_key_identifier(&w);
+    if (error == 0)
+        error =
+            mbedtls_x509write_crt_pem(&w, c->text, CERT_TEXT, tls_random, NULL);
+    mbedtls_x509write_crt_free(&w);
+    return cert_made("certificate", error);
+}
+
+static int
+cert_make_ca(struct cert *c)
+{
+    if (cert_sign(c, true) != 0 ||
+        cert_write(c, "ca.pem", 0644, c->text, strlen((char *)c->text)) != 0)
+        return -1;
+    log_say(LOG_LEVEL_INFO,
+            "%sca.pem made for %s, %s and private addresses: install ca.crt "
+            "once on each device",
+            c->dir, c->names[0], c->names[1]);
+    return cert_load_ca(c);
+}
+
+static int
+cert_make_leaf(struct cert *c, const char *why)
+{
+    size_t len;
+
+    if (cert_sign(c, false) != 0)
+        return -1;
+    len = strlen((char *)c->text);
+    if (len + c->ca_len > CERT_TEXT)
+        return cert_bad(c, "ca.pem", "is too long");
+    memcpy(c->text + len, c->ca_text, c->ca_len);
+    if (cert_write(c, "cert.pem", 0644, c->text, len + c->ca_len) != 0)
+        return -1;
+    log_say(LOG_LEVEL_INFO, "%scert.pem issued, because %s, for%s%s", c->dir,
+            why, c->listed_text, c->listed.full ? " ..." : "");
+    return 0;
+}
+
+/* Makes what is missing or due. */
+static int
+cert_refresh(struct cert *c)
+{
+    const char *why;
+    ssize_t n;
+
+    if (c->leaf.raw.p != NULL && !cert_is_ours(c))
+        return cert_bad(c, "cert.pem", "was not issued by the ca.pem there");
+    if (cert_need_key(c, "ca-key.pem", &c->ca_key) != 0 ||
+        cert_need_key(c, "key.pem", &c->key) != 0 ||
+        (c->ca.raw.p == NULL && cert_make_ca(c) != 0))
+        return -1;
+
+    n = cert_read(c, "ca.crt", c->text, CERT_TEXT);
+    if (n < 0)
+        return -1;
+    if (((size_t)n != c->ca.raw.len + 1 ||
+         memcmp(c->text, c->ca.raw.p, c->ca.raw.len) != 0) &&
+        cert_write(c, "ca.crt", 0644, c->ca.raw.p, c->ca.raw.len) != 0)
+        return -1;
+
+    cert_find_names(c);
+    why = cert_judge(c);
+    if (why != NULL)
+        return cert_make_leaf(c, why);
+    log_say(LOG_LEVEL_INFO, "%scert.pem kept, good until %s", c->dir,
+            cert_day(c, &c->leaf.valid_to));
+    return 0;
+}
+
+/* Makes or keeps what belongs beside the cert.pem at path, whose folder is
+ * open.  0, or -1: it is logged what is wrong. */
+static int
+cert_make_at(struct sys_file file, const char *path)
+{
+    struct cert c;
+    int done = cert_open(&c, file, path);
+
+    if (done == 0)
+        done = cert_refresh(&c);
+    cert_close(&c);
+    return done;
+}
+
+/* `collabd --make-cert DIR`. */
+static int
+cert_make(const char *dir)
+{
+    struct sys_file file = { -1, "" };
+    size_t len = strlen(dir);
+    char path[PATH_MAX];
+    int done;
+
+    while (len > 1 && dir[len - 1] == '/')
+        len--;
+    errno = ENAMETOOLONG;
+    if (len + sizeof "/cert.pem" <= sizeof path &&
+        (mkdir(dir, 0700) == 0 || errno == EEXIST)) {
+        (void)snprintf(path, sizeof path, "%.*s/cert.pem", (int)len, dir);
+        file = sys_file_at(path);
+    }
+    if (file.folder < 0) {
+        log_say(LOG_LEVEL_ERROR,
+                "%.255s: %s: name a folder inside one that this user may "
+                "write to",
+                dir, strerror(errno));
+        return -1;
+    }
+    done = cert_make_at(file, path);
+    (void)sys.close(file.folder);
+    return done;
+}
+
+/* Does the leaf at path, whose folder is open, want to be issued again?
+ * 1: yes, and *why says why.  0: no, or not by us: its name is not cert.pem,
+ * this user finds no ca-key.pem beside it to read, or another CA issued it.
+ * -1: it cannot be judged; logged. */
+static int
+cert_due(struct sys_file file, const char *path, const char **why)
+{
+    struct cert c;
+    int due;
+
+    *why = NULL;
+    if (file.folder < 0 || strcmp(file.name, "cert.pem") != 0 ||
+        faccessat(file.folder, "ca-key.pem", R_OK, AT_EACCESS) != 0)
+        return 0;
+    due = cert_open(&c, file, path);
+    c.quiet = true;
+    if (due == 0 && (c.leaf.raw.p == NULL || cert_is_ours(&c))) {
+        cert_find_names(&c);
+        *why = cert_judge(&c);
+        due = *why != NULL;
+    }
+    cert_close(&c);
+    return due;
+}
+
+/* Issues the certificate in use again if we made it and that is due.  Whether
+ * it is good shows when it is loaded. */
+static void
+cert_renew(const struct collabd *s, const struct cfg *c)
+{
+    const char *path = cfg_text(c, c->tls_cert), *why;
+
+    if (cert_due(s->cert_file, path, &why) == 1)
+        (void)cert_make_at(s->cert_file, path);
+}
+
+#endif /* COLLABD_TLS */
+
 /* ===== 13  Files =========================================================
  * Static files under --www.  The folder is open since start; a path is walked
  * from it segment by segment and no symbolic link is followed, so there is no
@@ -4667,6 +5546,20 @@ file_tag_matches(struct span list, const char *etag)
     return false;
 }
 
+/* A position in a range; one beyond all files counts as that. */
+static bool
+file_position(struct span digits, uint64_t *out)
+{
+    for (const uint8_t *p = digits.at; p < digits.end; p++)
+        if (!byte_is_digit(*p))
+            return false;
+    if (span_is_empty(digits))
+        return false;
+    if (span_decimal(digits, INT64_MAX - 1, out) != PARSE_OK)
+        *out = INT64_MAX - 1;
+    return true;
+}
+
 /* RFC 9110 14.2: one range of bytes; a list of several, and what is no range
  * at all, is passed over and the whole is sent. */
 static void
@@ -4675,7 +5568,8 @@ file_range(const struct http *h, struct file *f)
     struct span range = h->range, first;
     uint64_t from = 0, to = 0;
 
-    if (!span_starts(range, "bytes=") || h->method != HTTP_GET ||
+    if (span_len(range) < 6 ||
+        !span_is_folded(span_of(range.at, 6), "bytes=") || h->method != HTTP_GET ||
         (!span_is_empty(h->if_range) && !span_is(h->if_range, f->etag)))
         return;
     range.at += 6;
@@ -4684,17 +5578,16 @@ file_range(const struct http *h, struct file *f)
     first = span_trim(span_cut(&range, '-'));
     range = span_trim(range);
     if (span_is_empty(first)) { /* the last n */
-        if (span_decimal(range, INT64_MAX, &to) != PARSE_OK)
+        if (!file_position(range, &to))
             return;
         from = to < f->size ? f->size - to : 0;
         to = to == 0 ? 0 : f->size;
     } else {
-        if (span_decimal(first, INT64_MAX, &from) != PARSE_OK)
+        if (!file_position(first, &from))
             return;
         to = f->size;
         if (!span_is_empty(range)) {
-            if (span_decimal(range, INT64_MAX - 1, &to) != PARSE_OK ||
-                to < from)
+            if (!file_position(range, &to) || to < from)
                 return;
             to = to + 1 < f->size ? to + 1 : f->size;
         }
@@ -4965,22 +5858,21 @@ conn_push_control(struct collabd *s, struct conn *c)
 static void
 conn_drop_pongs(struct conn *c)
 {
-    uint16_t from = 0, to = 0;
+    uint16_t from = 0, to = 0, at = c->control_at;
 
+    c->control_at = 0;
     while (from < c->control_end) {
         uint16_t len = (uint16_t)(2 + c->control[from + 1]);
-        bool sent = from + len <= c->control_at;
-        bool begun = from < c->control_at;
-        if (!sent && (begun || c->control[from] != (0x80 | WSLAY_PONG))) {
+        bool begun = from < at;
+        if (from + len > at &&
+            (begun || c->control[from] != (0x80 | WSLAY_PONG))) {
             memmove(c->control + to, c->control + from, len);
             if (begun)
-                c->control_at = (uint16_t)(c->control_at - from);
+                c->control_at = (uint16_t)(at - from);
             to = (uint16_t)(to + len);
         }
         from = (uint16_t)(from + len);
     }
-    if (to == 0 || c->control_at > to)
-        c->control_at = 0;
     c->control_end = to;
 }
 
@@ -5007,7 +5899,8 @@ conn_control(struct collabd *s, struct conn *c, uint8_t opcode,
 /* ----- the end ------------------------------------------------------------------ */
 
 /* Ends a connection for a reason; the first one counts.  A WebSocket peer is
- * told its code, behind the frame that is begun. */
+ * told its code: behind the messages it is yet to get or, if it was overtaken,
+ * behind the frame that is begun. */
 static void
 conn_close(struct collabd *s, struct conn *c, enum close_reason why)
 {
@@ -5038,7 +5931,6 @@ conn_close(struct collabd *s, struct conn *c, enum close_reason why)
             out_text(&o, close_reasons[why].text);
     }
     c->state = CONN_CLOSING;
-    conn_drop_pongs(c);
     conn_control(s, c, WSLAY_CONNECTION_CLOSE,
                  (struct span){ payload, o.at });
     conn_set_deadline(s, c, now_ms + CONN_CLOSE_MS);
@@ -5051,11 +5943,13 @@ static void
 conn_linger(struct collabd *s, struct conn *c)
 {
     if (c->state != CONN_CLOSING) {
-        c->why = CLOSE_DONE;
-        s->count.closes[CLOSE_DONE]++;
+        c->why = c->starved ? CLOSE_NO_MEMORY : CLOSE_DONE;
+        s->count.closes[c->why]++;
     }
+    c->starved = false;
     c->state = CONN_LINGER;
     c->blocked = false;
+    request_free(s, c);
     net_shut(s, c);
     conn_set_deadline(s, c, now_ms + CONN_CLOSE_MS);
 }
@@ -5071,6 +5965,21 @@ struct reply {
     bool head_only, file;
 };
 
+/* RFC 9110 6.6.1: a date, unless the clock was never set. */
+static void
+conn_reply_date(struct out *o)
+{
+    struct timespec t = { 0, 0 };
+    struct tm tm;
+    char text[40];
+
+    (void)sys.clock_gettime(CLOCK_REALTIME, &t);
+    if (t.tv_sec < COLLABD_BUILD_EPOCH - 86400 || gmtime_r(&t.tv_sec, &tm) == NULL ||
+        strftime(text, sizeof text, "%a, %d %b %Y %H:%M:%S GMT", &tm) == 0)
+        return;
+    out_format(o, "Date: %s\r\n", text);
+}
+
 /* Puts a reply into the request's buffer.  The request's head may lie in the
  * spans of `r`, never the reply buffer itself. */
 static void
@@ -5085,9 +5994,10 @@ conn_reply(struct collabd *s, struct conn *c, const struct reply *r)
     if (r->type != NULL)
         out_format(&o, "Content-Type: %s\r\nX-Content-Type-Options: nosniff\r\n",
                    r->type);
+    conn_reply_date(&o);
     if (r->status != 304 && r->status != 204)
         out_format(&o, "Content-Length: %" PRIu64 "\r\n", length);
-    out_format(&o, "%s%s\r\n",
+    out_format(&o, "%s%s%s\r\n", s->cors,
                c->close_after_reply ? "Connection: close\r\n"
                                     : "Connection: keep-alive\r\n",
                r->fields == NULL ? "" : r->fields);
@@ -5124,17 +6034,29 @@ conn_refuse(struct collabd *s, struct conn *c, const struct http *h,
 
 /* ----- who asks --------------------------------------------------------------------- */
 
-/* The token of a request: Authorization, else the cookie, else ?token=.
+/* The token of a request: Authorization, else ?token=, else the cookie.
  * False: none was given. */
 static bool
 conn_find_token(const struct http *h, struct span *token)
 {
-    if (!span_is_empty(h->bearer)) {
-        *token = h->bearer;
-        return true;
-    }
-    return http_query(h->query, "token", token) ||
+    *token = h->bearer;
+    return !span_is_empty(*token) || http_query(h->query, "token", token) ||
            http_cookie(h->cookies, "collabd_token", token);
+}
+
+/* Remembers who asks.  What stands in a query is percent-encoded; elsewhere a
+ * token may hold a % too, but ours never do. */
+static void
+conn_remember_token(struct conn *c, const struct http *h)
+{
+    uint8_t text[COLLABD_TARGET_MAX];
+    struct out o = out_over(text, sizeof text);
+    struct span token;
+
+    memset(c->token, 0, sizeof c->token);
+    if (conn_find_token(h, &token) && !span_is_empty(token) &&
+        http_decode(token, &o))
+        access_token_id((struct span){ text, o.at }, c->token);
 }
 
 static unsigned
@@ -5242,6 +6164,7 @@ conn_open_channel(struct collabd *s, struct conn *c, const struct http *h,
     s->count.statuses[101 - 100]++;
     s->count.upgrades++;
     c->state = CONN_OPEN;
+    c->spoke_ws = true;
     c->right = (uint8_t)right;
     c->heard_ms = now_ms;
     conn_set_deadline(s, c, now_ms + (int64_t)s->cfg->ping_interval * 1000);
@@ -5270,19 +6193,22 @@ conn_answer_upgrade(struct collabd *s, struct conn *c, const struct http *h,
         return;
     }
     if (access_origin(s->cfg, h) == ORIGIN_FOREIGN) {
-        (void)snprintf(why, sizeof why,
-                       "pages from %.*s may not connect; to let them in, add "
-                       "--origin %.*s",
-                       (int)(span_len(h->origin) > 100 ? 100
-                                                       : span_len(h->origin)),
-                       (const char *)h->origin.at,
-                       (int)(span_len(h->origin) > 100 ? 100
-                                                       : span_len(h->origin)),
-                       (const char *)h->origin.at);
+        access_why_foreign(h->origin, why, sizeof why);
         conn_refuse(s, c, h, 403, why, NULL);
         return;
     }
     conn_open_channel(s, c, h, span_of(name, len));
+}
+
+/* A path for Location.  Two slashes in front, or what browsers take for them,
+ * would lead to another host. */
+static void
+conn_out_path(struct out *o, struct span path)
+{
+    while (path.at < path.end && (*path.at == '/' || *path.at == '\\'))
+        path.at++;
+    out_u8(o, '/');
+    out_span(o, path);
 }
 
 /* ?token= on a page: the cookie takes its place, and the page is asked for
@@ -5294,13 +6220,11 @@ conn_move_token(struct collabd *s, struct conn *c, const struct http *h,
 {
     char fields[COLLABD_TARGET_MAX + 256];
     struct out o = out_over(fields, sizeof fields - 1);
-    struct span rest = h->query, path = h->path;
+    struct span rest = h->query;
     char separator = '?';
 
-    while (span_len(path) > 1 && path.at[1] == '/')
-        path.at++; /* //host/ would lead elsewhere */
     out_text(&o, "Location: ");
-    out_span(&o, path);
+    conn_out_path(&o, h->path);
     while (!span_is_empty(rest)) {
         struct span one = span_cut(&rest, '&');
         if (span_starts(one, "token="))
@@ -5313,7 +6237,9 @@ conn_move_token(struct collabd *s, struct conn *c, const struct http *h,
     out_span(&o, token);
     out_format(&o, "; Path=/; HttpOnly; SameSite=Strict%s\r\n"
                "Cache-Control: no-store\r\n",
-               c->tls == NONE ? "" : "; Secure");
+               c->tls == NONE && !(c->proxied && h->forwarded_https)
+                   ? ""
+                   : "; Secure");
     *o.at = '\0';
     conn_reply(s, c, &(struct reply){ .status = 303, .fields = fields });
 }
@@ -5329,8 +6255,7 @@ conn_token_is_plain(struct span token)
 }
 
 static void
-conn_answer_file(struct collabd *s, struct conn *c, const struct http *h,
-                 const char *cors)
+conn_answer_file(struct collabd *s, struct conn *c, const struct http *h)
 {
     struct request *q = conn_request(s, c);
     struct file f = file_find(s->www, h);
@@ -5340,18 +6265,18 @@ conn_answer_file(struct collabd *s, struct conn *c, const struct http *h,
                        .fields = fields, .length = f.to - f.from,
                        .head_only = h->method == HTTP_HEAD };
 
-    out_text(&o, cors);
     if (f.status == 404) {
-        conn_refuse(s, c, h, 404, "there is no such file in --www", cors);
+        conn_refuse(s, c, h, 404, "there is no such file in --www", NULL);
         return;
     }
     if (f.status == 301) {
-        struct span path = h->path;
-        while (span_len(path) > 1 && path.at[1] == '/')
-            path.at++;
         out_text(&o, "Location: ");
-        out_span(&o, path);
-        out_text(&o, "/\r\n");
+        conn_out_path(&o, h->path);
+        out_u8(&o, '/');
+        if (!span_is_empty(h->query))
+            out_u8(&o, '?');
+        out_span(&o, h->query);
+        out_text(&o, "\r\n");
         r.type = NULL;
     } else {
         out_format(&o, "ETag: %s\r\nAccept-Ranges: bytes\r\n"
@@ -5380,8 +6305,7 @@ conn_answer_file(struct collabd *s, struct conn *c, const struct http *h,
 }
 
 static void
-conn_answer_page(struct collabd *s, struct conn *c, const struct http *h,
-                 const char *cors)
+conn_answer_page(struct collabd *s, struct conn *c, const struct http *h)
 {
     uint8_t *body = s->page;
     struct out o = out_over(body, sizeof s->page);
@@ -5401,7 +6325,7 @@ conn_answer_page(struct collabd *s, struct conn *c, const struct http *h,
         r.type = "text/plain; version=0.0.4; charset=utf-8";
         stat_metrics(s, &o);
     } else if (s->www >= 0) {
-        conn_answer_file(s, c, h, cors);
+        conn_answer_file(s, c, h);
         return;
     } else if (span_is(h->path, "/")) {
         out_text(&o, "collabd " COLLABD_VERSION " is running.\n"
@@ -5410,22 +6334,21 @@ conn_answer_page(struct collabd *s, struct conn *c, const struct http *h,
     } else {
         conn_refuse(s, c, h, 404,
                     "there is nothing here; channels are at /ws/NAME, files "
-                    "need --www", cors);
+                    "need --www", NULL);
         return;
     }
     r.body = (struct span){ body, o.at };
     conn_reply(s, c, &r);
 }
 
-/* CORS lines for a listed origin; false: the request is refused. */
+/* CORS lines for a listed origin go into every reply to this request.  False:
+ * it is refused. */
 static bool
-conn_judge_origin(struct collabd *s, struct conn *c, const struct http *h,
-                  char *fields, size_t size)
+conn_judge_origin(struct collabd *s, struct conn *c, const struct http *h)
 {
     char why[300];
     struct span origin = h->origin;
 
-    fields[0] = '\0';
     switch (access_origin(s->cfg, h)) {
     case ORIGIN_NONE:
     case ORIGIN_SAME:
@@ -5433,7 +6356,7 @@ conn_judge_origin(struct collabd *s, struct conn *c, const struct http *h,
     case ORIGIN_LISTED:
         if (span_len(origin) > 200)
             origin.end = origin.at + 200;
-        (void)snprintf(fields, size,
+        (void)snprintf(s->cors, sizeof s->cors,
                        "Access-Control-Allow-Origin: %.*s\r\n"
                        "Access-Control-Allow-Credentials: true\r\n"
                        "Access-Control-Allow-Methods: GET, HEAD\r\n"
@@ -5444,13 +6367,7 @@ conn_judge_origin(struct collabd *s, struct conn *c, const struct http *h,
     case ORIGIN_FOREIGN:
         if (h->method == HTTP_GET || h->method == HTTP_HEAD)
             return true;
-        if (span_len(origin) > 100)
-            origin.end = origin.at + 100;
-        (void)snprintf(why, sizeof why,
-                       "pages from %.*s may not do this; to let them, add "
-                       "--origin %.*s",
-                       (int)span_len(origin), (const char *)origin.at,
-                       (int)span_len(origin), (const char *)origin.at);
+        access_why_foreign(h->origin, why, sizeof why);
         conn_refuse(s, c, h, 403, why, NULL);
         return false;
     }
@@ -5460,8 +6377,9 @@ conn_judge_origin(struct collabd *s, struct conn *c, const struct http *h,
 static void
 conn_route(struct collabd *s, struct conn *c, const struct http *h)
 {
+    uint8_t text[COLLABD_TARGET_MAX];
+    struct out o = out_over(text, sizeof text);
     struct span path = h->path, token;
-    char cors[512];
     bool channel = span_starts(path, "/ws/"), known;
 
     if (channel && http_is_upgrade(h)) {
@@ -5469,13 +6387,11 @@ conn_route(struct collabd *s, struct conn *c, const struct http *h)
         conn_answer_upgrade(s, c, h, path);
         return;
     }
-    if (!conn_judge_origin(s, c, h, cors, sizeof cors))
+    if (!conn_judge_origin(s, c, h))
         return;
     if (h->method == HTTP_OPTIONS) {
-        char fields[600];
-        (void)snprintf(fields, sizeof fields, "Allow: GET, HEAD, OPTIONS\r\n%s",
-                       cors);
-        conn_reply(s, c, &(struct reply){ .status = 204, .fields = fields });
+        conn_reply(s, c, &(struct reply){
+            .status = 204, .fields = "Allow: GET, HEAD, OPTIONS\r\n" });
     } else if (h->method != HTTP_GET && h->method != HTTP_HEAD) {
         conn_refuse(s, c, h, 405, "only GET and HEAD are served here",
                     "Allow: GET, HEAD, OPTIONS\r\n");
@@ -5486,12 +6402,13 @@ conn_route(struct collabd *s, struct conn *c, const struct http *h)
     } else if (s->tokens != NULL && s->tokens->on &&
                http_query(h->query, "token", &token)) {
         (void)access_judge(s->tokens, c->token, span_text("*"), &known);
-        if (known && conn_token_is_plain(token))
-            conn_move_token(s, c, h, token);
+        if (known && http_decode(token, &o) &&
+            conn_token_is_plain((struct span){ text, o.at }))
+            conn_move_token(s, c, h, (struct span){ text, o.at });
         else
             conn_refuse_access(s, c, h, false);
     } else {
-        conn_answer_page(s, c, h, cors);
+        conn_answer_page(s, c, h);
     }
 }
 
@@ -5501,11 +6418,11 @@ conn_answer(struct collabd *s, struct conn *c, struct span head)
 {
     struct http h;
     struct verdict v = http_parse(head, &h);
-    struct span token;
     char why[400];
     struct listener *l = &s->listeners[c->listener];
 
     s->count.requests++;
+    s->cors[0] = '\0';
     c->close_after_reply = !http_persists(&h) || s->stopping;
     if (v.status != 0) {
         conn_refuse(s, c, v.status == 400 ? NULL : &h, v.status, v.why, NULL);
@@ -5522,9 +6439,7 @@ conn_answer(struct collabd *s, struct conn *c, struct span head)
             return;
         }
     }
-    memset(c->token, 0, sizeof c->token);
-    if (conn_find_token(&h, &token))
-        access_token_id(token, c->token);
+    conn_remember_token(c, &h);
     if (conn_is_in_debt(c)) {
         conn_refuse(s, c, &h, 429,
                     "too many requests (--rate-messages, --rate-bytes)",
@@ -5578,7 +6493,8 @@ conn_starve(struct collabd *s, struct conn *c, enum pool pool)
         return;
     c->starved = true;
     s->count.starved++;
-    conn_set_deadline(s, c, now_ms + conn_timeout_ms(s));
+    if (c->state == CONN_OPEN) /* a head's deadline is already set */
+        conn_set_deadline(s, c, now_ms + conn_timeout_ms(s));
 }
 
 static void
@@ -5596,16 +6512,20 @@ conn_try_head(struct collabd *s, struct conn *c)
 {
     struct request *q = conn_request(s, c);
     struct span in = span_of(q->head, q->head_len), head;
+    enum parse found = http_head(&in, &head);
 
-    if (http_head(&in, &head) == PARSE_OK) {
-        conn_charge(s, c, 1, span_len(head));
+    if (found == PARSE_OK) {
+        if (!conn_is_in_debt(c)) /* a refusal costs nothing more */
+            conn_charge(s, c, 1, span_len(head));
         conn_answer(s, c, head);
         q->head_len = (uint32_t)span_len(in);
         memmove(q->head, in.at, span_len(in));
-    } else if (q->head_len == sizeof q->head) {
-        c->close_after_reply = true;
+    } else if (found == PARSE_BAD) {
         s->count.requests++;
-        if (!span_has(in, '\n'))
+        conn_refuse(s, c, NULL, 400, "a line ends in LF without CR", NULL);
+    } else if (q->head_len == sizeof q->head) {
+        s->count.requests++;
+        if (span_len(span_cut(&in, '\n')) > COLLABD_TARGET_MAX + 32)
             conn_refuse(s, c, NULL, 414,
                         "the target is longer than COLLABD_TARGET_MAX "
                         "(collabd.h)", NULL);
@@ -5628,7 +6548,7 @@ conn_read_head(struct collabd *s, struct conn *c)
             conn_starve(s, c, POOL_REQUESTS);
             return;
         }
-        conn_fed(s, c, now_ms + conn_timeout_ms(s));
+        conn_fed(s, c, c->deadline);
     }
     n = net_recv(s, c, q->head + q->head_len, sizeof q->head - q->head_len);
     if (n == IO_GONE) {
@@ -5750,15 +6670,13 @@ conn_take(struct collabd *s, struct conn *c, const struct ws_piece *p)
 static int64_t
 conn_next_ping(const struct collabd *s, const struct conn *c)
 {
-    /* pings are rounded up to whole seconds and ends down, so that many idle
-     * clients wake the loop once a second, not once each */
-    int64_t at = c->pinged
-                     ? c->heard_ms + (int64_t)s->cfg->dead_after * 1000
-                     : c->heard_ms + (int64_t)s->cfg->ping_interval * 1000 +
-                           999;
+    /* rounded down to whole seconds, so that many idle clients wake the loop
+     * once a second, not once each */
+    int64_t at = c->heard_ms + 1000 * (int64_t)(c->pinged
+                                                    ? s->cfg->dead_after
+                                                    : s->cfg->ping_interval);
 
-    at -= at % 1000;
-    return at > now_ms ? at : now_ms + 1;
+    return at - at % 1000;
 }
 
 static void
@@ -5801,6 +6719,48 @@ conn_read_frames(struct collabd *s, struct conn *c)
     }
 }
 
+/* Is the peer's stream still one of frames, in which its Close is to come? */
+static bool
+conn_awaits_close(const struct conn *c)
+{
+    switch (c->why) {
+    case CLOSE_SHUTDOWN:
+    case CLOSE_SLOW:
+    case CLOSE_NO_MEMORY:
+    case CLOSE_UNAUTHORIZED:
+    case CLOSE_FORBIDDEN:
+    case CLOSE_READ_ONLY:
+        return c->spoke_ws;
+    default:
+        return false;
+    }
+}
+
+/* Reads frames only to find the Close that answers ours; then the server ends
+ * the connection (RFC 6455 7.1.1). */
+static void
+conn_read_close(struct collabd *s, struct conn *c)
+{
+    struct receiver *r;
+    struct ws_piece p;
+
+    if (c->receiver == NONE && receiver_borrow(s, c) == NULL)
+        return;
+    r = &s->receivers[c->receiver];
+    r->reads_left = CONN_READS;
+    r->ended = false;
+    r->waiting.kind = WS_NOTHING;
+    do {
+        p = ws_next(r, &c->message, s->cfg->max_message);
+        if (p.kind == WS_DATA && p.last)
+            c->message.len = 0;
+    } while (p.kind != WS_NOTHING && p.kind != WS_CLOSE && p.kind != WS_BAD);
+    if (r->ended || p.kind == WS_CLOSE || p.kind == WS_BAD)
+        conn_gone(s, c);
+    else if (receiver_is_idle(r))
+        receiver_return(s, c, conn_feed);
+}
+
 /* Throws input away until the peer has left. */
 static void
 conn_read_nothing(struct collabd *s, struct conn *c)
@@ -5825,7 +6785,10 @@ conn_read(struct collabd *s, struct conn *c)
         conn_read_frames(s, c);
         break;
     case CONN_LINGER:
-        conn_read_nothing(s, c);
+        if (conn_awaits_close(c))
+            conn_read_close(s, c);
+        else
+            conn_read_nothing(s, c);
         break;
     case CONN_HANDSHAKE:
 #if COLLABD_TLS
@@ -5971,9 +6934,10 @@ conn_flush_room(struct collabd *s, struct conn *c, bool one_frame)
 static void
 conn_release(struct collabd *s, struct conn *c)
 {
-    receiver_return(s, c, conn_feed);
-    if (c->message.first != NONE32)
-        assembly_drop(&s->chunks, &c->message);
+    if (!conn_awaits_close(c) || c->state == CONN_GONE)
+        receiver_return(s, c, conn_feed);
+    chunk_free_chain(&s->chunks, c->message.first);
+    c->message.first = c->message.last = NONE32;
 }
 
 /* Everything a WebSocket has to send, in order.  True: nothing is left. */
@@ -5990,8 +6954,8 @@ conn_flush_open(struct collabd *s, struct conn *c)
     if (q != NULL && q->head_len == 0)
         request_free(s, c);
     if (c->in.room != NONE && !c->in.overtaken &&
-        (c->in.off > 0 || c->close_last) &&
-        !conn_flush_room(s, c, !c->close_last))
+        (c->in.off > 0 || c->state == CONN_CLOSING) &&
+        !conn_flush_room(s, c, c->state != CONN_CLOSING))
         return false;
     if (!conn_push_control(s, c)) {
         if (c->state != CONN_GONE)
@@ -6009,6 +6973,8 @@ conn_flush(struct collabd *s, struct conn *c)
 {
     uint64_t sent;
 
+    if (c->state == CONN_CLOSING)
+        conn_release(s, c);
     if (c->blocked && c->state != CONN_GONE)
         return;
     switch (c->state) {
@@ -6021,7 +6987,6 @@ conn_flush(struct collabd *s, struct conn *c)
         (void)conn_flush_open(s, c);
         break;
     case CONN_CLOSING:
-        conn_release(s, c);
         if (c->in.overtaken && c->in.off > 0)
             conn_gone(s, c);
         else if (conn_flush_open(s, c)) {
@@ -6162,16 +7127,13 @@ conn_solvent_at(const struct collabd *s, const struct conn *c)
 static void
 conn_expire_open(struct collabd *s, struct conn *c)
 {
-    int64_t silent;
-
     if (!conn_may_read(s, c))
         conn_heard(c); /* deadlines stand still for whom we do not read */
-    silent = now_ms - c->heard_ms;
-    if (silent + 999 >= (int64_t)s->cfg->dead_after * 1000) {
+    if (conn_next_ping(s, c) <= now_ms && c->pinged) {
         conn_close(s, c, CLOSE_SILENT);
         return;
     }
-    if (silent >= (int64_t)s->cfg->ping_interval * 1000 && !c->pinged) {
+    if (conn_next_ping(s, c) <= now_ms) {
         conn_control(s, c, WSLAY_PING, span_of(NULL, 0));
         c->pinged = true;
         s->count.pings++;
@@ -6187,9 +7149,12 @@ conn_expire(struct collabd *s, struct conn *c)
 
     switch (c->state) {
     case CONN_HEAD:
-        if (c->starved)
-            conn_close(s, c, CLOSE_NO_MEMORY);
-        else if (q != NULL && q->head_len > 0)
+        if (c->starved) {
+            if (c->tls == NONE)
+                net_say_503(s, c->fd, "too many requests are waiting "
+                                      "(--max-requests)");
+            conn_linger(s, c);
+        } else if (q != NULL && q->head_len > 0)
             conn_refuse(s, c, NULL, 408,
                         "the request was not complete in time "
                         "(--request-timeout)", NULL);
@@ -6241,19 +7206,11 @@ loop_due(struct collabd *s, int64_t at)
 static void
 loop_refuse(struct collabd *s, struct listener *l, int fd, const char *why)
 {
-    char text[256];
-    int n = snprintf(text, sizeof text,
-                     "HTTP/1.1 503 Service Unavailable\r\n"
-                     "Content-Type: text/plain\r\nContent-Length: %zu\r\n"
-                     "Retry-After: 5\r\nConnection: close\r\n\r\n%s\n",
-                     strlen(why) + 1, why);
-
     s->count.refused++;
-    s->count.statuses[503 - 100]++;
     if (log_may(&s->accept_quota))
         log_say(LOG_LEVEL_WARNING, "refused a connection: %s", why);
     if (!l->tls)
-        (void)sys.send(fd, text, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT);
+        net_say_503(s, fd, why);
     (void)shutdown(fd, SHUT_WR);
     (void)sys.close(fd);
     if (now_ms - l->refused_ms >= 1000) {
@@ -6361,16 +7318,18 @@ loop_flush_room(struct collabd *s, struct room *room)
 {
     bool behind = room->held;
 
+    room->flushed_pos = room->ring.pos;
+    room->flushed_ms = now_ms;
     if (room->overtook)
         loop_cut_overtaken(s, room);
     for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {
         struct conn *c = &s->conns[m];
         if (c->state == CONN_OPEN && !c->blocked)
             conn_flush(s, c);
+        else
+            conn_update(s, c); /* it may be read again */
         behind |= c->blocked;
     }
-    room->flushed_pos = room->ring.pos;
-    room->flushed_ms = now_ms;
     if (behind)
         loop_judge(s, room);
 }
@@ -6643,9 +7602,9 @@ loop_event(struct collabd *s, struct conn *c, short events)
             conn_gone(s, c);
         return;
     }
-    if (s->cfg->rate_messages > 0 || s->cfg->rate_bytes > 0) {
+    if (s->cfg->rate_messages > 0 || s->cfg->rate_bytes > 0 ||
+        conn_is_in_debt(c))
         conn_earn(s, c);
-    }
     conn_read(s, c);
     if (c->state == CONN_OPEN && conn_is_in_debt(c))
         loop_due(s, conn_solvent_at(s, c));
@@ -6771,7 +7730,8 @@ start_memory(struct collabd *s, const struct cfg *c)
         return false;
     }
     if (c->prefault) {
-        memset(s->slab, 0, (size_t)s->slab_size);
+        for (uint64_t i = 0; i < s->slab_size; i += 1024)
+            ((volatile uint8_t *)s->slab)[i] = s->slab[i]; /* touched */
         if (mlockall(MCL_CURRENT) != 0)
             log_say(LOG_LEVEL_WARNING, "prefault: memory is not locked: %s",
                     strerror(errno));
@@ -6796,22 +7756,27 @@ start_receivers(struct collabd *s)
     return true;
 }
 
+/* Opens a file's folder; the name is copied, as settings are replaced. */
+static void
+start_folder(struct sys_file *file, char name[NAME_MAX + 1], const char *path)
+{
+    if (path == NULL || *path == '\0')
+        return;
+    *file = sys_file_at(path);
+    (void)snprintf(name, NAME_MAX + 1, "%s", file->name);
+    file->name = name;
+}
+
 /* Opens the folders of the files that a reload reads again. */
 static void
 start_folders(struct collabd *s, const struct cfg *c)
 {
     const char *path = cfg_path(s->argc, s->argv);
 
-    s->config_file = s->tokens_file = s->cert_file = s->key_file =
-        (struct sys_file){ -1, "" };
-    if (path != NULL)
-        s->config_file = sys_file_at(path);
-    if (c->tokens != 0)
-        s->tokens_file = sys_file_at(cfg_text(c, c->tokens));
-    if (c->tls_cert != 0)
-        s->cert_file = sys_file_at(cfg_text(c, c->tls_cert));
-    if (c->tls_key != 0)
-        s->key_file = sys_file_at(cfg_text(c, c->tls_key));
+    start_folder(&s->config_file, s->file_names[0], path);
+    start_folder(&s->tokens_file, s->file_names[1], cfg_text(c, c->tokens));
+    start_folder(&s->cert_file, s->file_names[2], cfg_text(c, c->tls_cert));
+    start_folder(&s->key_file, s->file_names[3], cfg_text(c, c->tls_key));
 }
 
 /* Reads what the settings name: tokens, certificate, files. */
@@ -7000,7 +7965,8 @@ collabd_free(struct collabd *s)
         c->flushing = false;
         conn_end(s, c);
     }
-    for (unsigned i = 0; s->receivers != NULL && i < s->receivers_max; i++)
+    for (unsigned i = 0; s->receivers != NULL && i < s->cfg->receive_buffers;
+         i++)
         if (s->receivers[i].wslay != NULL)
             wslay_frame_context_free(s->receivers[i].wslay);
 #if COLLABD_TLS
@@ -7061,13 +8027,13 @@ collabd_stop(struct collabd *s)
         return;
     s->stopping = true;
     s->stop_by = now_ms + CONN_CLOSE_MS - 100;
-    loop_due(s, s->stop_by);
+    loop_due(s, now_ms); /* what is queued here is flushed without a wait */
     sys_notify(s->notify_fd, "STOPPING=1");
     for (unsigned i = 0; i < s->conns_fresh; i++) {
         struct conn *c = &s->conns[i];
         if (c->state == CONN_FREE)
             continue;
-        c->close_last = c->close_after_reply = true;
+        c->close_after_reply = true;
         if (c->state != CONN_REPLY)
             conn_close(s, c, CLOSE_SHUTDOWN);
     }
@@ -7111,7 +8077,9 @@ program_reload(struct collabd *s)
     if (!cfg_read(fresh, s->argc, s->argv, s->config_file, &action, &operand))
         return false;
     cfg_keep_start(fresh, s->cfg);
-    if (tokens != NULL && fresh->tokens != 0 &&
+    if (fresh->tokens == 0)
+        tokens = NULL; /* that takes a restart; the table stays */
+    if (tokens != NULL &&
         !access_load(tokens, s->tokens_file, cfg_text(fresh, fresh->tokens)))
         return false;
 #if COLLABD_TLS
@@ -7180,7 +8148,7 @@ check_conn(const struct collabd *s, const struct conn *c)
         assert(c->state == CONN_OPEN || c->state == CONN_CLOSING);
     if (c->receiver != NONE) {
         const struct receiver *r = &s->receivers[c->receiver];
-        assert(r->conn == c->id.slot && c->state == CONN_OPEN);
+        assert(r->conn == c->id.slot && c->spoke_ws);
         assert(r->fed >= r->used);
     }
     if (c->request != NONE) {
