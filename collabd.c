@@ -227,6 +227,54 @@ hex_value(uint8_t b)
     return b >= 'a' && b <= 'f' ? b - 'a' + 10 : -1;
 }
 
+/* Host, as in RFC 9110 7.2: a name, an IPv4 address or [IPv6], perhaps with a
+ * port.  *name is without port and brackets. */
+static bool
+span_cut_host(struct span host, struct span *name)
+{
+    struct span rest = host;
+
+    if (span_starts(host, "[")) {
+        rest.at++;
+        *name = span_cut(&rest, ']');
+        if (name->end == host.end)
+            return false;
+        for (struct span s = *name; s.at < s.end; s.at++)
+            if (hex_value(*s.at) < 0 && *s.at != ':' && *s.at != '.')
+                return false;
+        if (!span_is_empty(rest) && *rest.at++ != ':')
+            return false;
+    } else {
+        *name = span_cut(&rest, ':');
+        for (struct span s = *name; s.at < s.end; s.at++)
+            if (*s.at <= ' ' || *s.at >= 0x7f ||
+                strchr("/\\?#@[]<>\"^`{|}%,", *s.at) != NULL)
+                return false;
+    }
+    for (struct span s = rest; s.at < s.end; s.at++)
+        if (!byte_is_digit(*s.at))
+            return false;
+    return !span_is_empty(*name) && span_len(*name) <= 255;
+}
+
+/* An IPv4 or IPv6 address; IPv4 becomes ::ffff:a.b.c.d. */
+static bool
+span_parse_address(struct span text, uint8_t a[16])
+{
+    char copy[INET6_ADDRSTRLEN];
+
+    if (span_len(text) >= sizeof copy)
+        return false;
+    memcpy(copy, text.at, span_len(text));
+    copy[span_len(text)] = '\0';
+    memset(a, 0, 16);
+    if (inet_pton(AF_INET, copy, a + 12) == 1) {
+        a[10] = a[11] = 255;
+        return true;
+    }
+    return inet_pton(AF_INET6, copy, a) == 1;
+}
+
 struct out {
     uint8_t *at, *end;
     bool full; /* something did not fit; what was written is cut short */
@@ -643,15 +691,15 @@ sys_notify(int fd, const char *state)
 /* clang-format off */
 /*   kind   name              default    least  most       when   value      help */
 #define CFG_SETTINGS(X) \
-    X(LIST,  listen,           "",        0,     0,         START, "ADDR",    "serve http:// and ws:// on PORT, HOST:PORT, [V6]:PORT or unix:PATH (default 8080; port 0 picks one)") \
-    X(LIST,  tls_listen,       "",        0,     0,         START, "ADDR",    "serve https:// and wss:// there; needs tls-cert and tls-key") \
+    X(ADDR,  listen,           "",        0,     0,         START, "ADDR",    "serve http:// and ws:// on PORT, HOST:PORT, [V6]:PORT or unix:PATH (default 8080; port 0 picks one)") \
+    X(ADDR,  tls_listen,       "",        0,     0,         START, "ADDR",    "serve https:// and wss:// there; needs tls-cert and tls-key") \
     X(TEXT,  tls_cert,         "",        0,     0,         START, "FILE",    "certificate chain (PEM), see --make-cert") \
     X(TEXT,  tls_key,          "",        0,     0,         START, "FILE",    "its private key (PEM)") \
     X(OCTAL, unix_mode,        "0660",    0,     0777,      START, "MODE",    "permissions of unix sockets") \
     X(TEXT,  tokens,           "",        0,     0,         START, "FILE",    "who may do what; without it everyone may read and write") \
-    X(LIST,  origin,           "",        0,     0,         LIVE,  "ORIGIN",  "also let pages from there in: scheme://host[:port], a host, null, or *") \
-    X(LIST,  host,             "",        0,     0,         LIVE,  "NAME",    "also answer to this host name") \
-    X(LIST,  trust_proxy,      "",        0,     0,         LIVE,  "ADDR",    "believe X-Forwarded-For from this address, or from unix sockets with \"unix\"") \
+    X(ORIGIN, origin,           "",        0,     0,         LIVE,  "ORIGIN",  "also let pages from there in: scheme://host[:port], a host, null, or *") \
+    X(HOST,  host,             "",        0,     0,         LIVE,  "NAME",    "also answer to this host name") \
+    X(PEER,  trust_proxy,      "",        0,     0,         LIVE,  "ADDR",    "believe X-Forwarded-For from this address, or from unix sockets with \"unix\"") \
     X(TEXT,  www,              "",        0,     0,         START, "DIR",     "serve the files in DIR") \
     X(SIZE,  max_clients,      "256",     1,     COLLABD_CLIENTS_CEILING, START, "N", "connections at a time") \
     X(SIZE,  max_rooms,        "64",      1,     COLLABD_ROOMS_CEILING, START, "N", "rooms at a time") \
@@ -661,7 +709,7 @@ sys_notify(int fd, const char *state)
     X(SIZE,  max_handshakes,   "4",       1,     10000,     START, "N",       "TLS handshakes at a time") \
     X(SIZE,  max_requests,     "16",      1,     10000,     START, "N",       "HTTP requests at a time; 16 KiB each") \
     X(SIZE,  receive_buffers,  "32",      1,     10000,     START, "N",       "clients in mid-message at a time; 4 KiB each") \
-    X(SIZE,  ring,             "64K",     65536, 1 << 30,   START, "SIZE",    "a room's ring, a power of two; as much again for its table") \
+    X(POWER, ring,             "64K",     65536, 1 << 30,   START, "SIZE",    "a room's ring, a power of two; as much again for its table") \
     X(SIZE,  message_memory,   "0",       0,     INT64_C(1) << 32, START, "SIZE", "for messages longer than a quarter ring (0: 8 x max-message)") \
     X(SIZE,  socket_buffer,    "64K",     4096,  1 << 30,   START, "SIZE",    "kernel buffers of a connection, each way") \
     X(SIZE,  memory,           "0",       0,     INT64_C(1) << 40, START, "SIZE", "refuse to start if the sum of --show-memory is more (0: no limit)") \
@@ -694,10 +742,14 @@ struct cfg_list {
     uint16_t item[16];
 };
 
-#define CFG_FIELD_LIST  struct cfg_list
+#define CFG_FIELD_ADDR   struct cfg_list
+#define CFG_FIELD_ORIGIN struct cfg_list
+#define CFG_FIELD_HOST   struct cfg_list
+#define CFG_FIELD_PEER   struct cfg_list
 #define CFG_FIELD_TEXT  uint16_t
 #define CFG_FIELD_OCTAL uint64_t
 #define CFG_FIELD_SIZE  uint64_t
+#define CFG_FIELD_POWER uint64_t
 #define CFG_FIELD_LEVEL uint64_t
 #define CFG_FIELD_FLAG  uint64_t
 
@@ -710,7 +762,10 @@ struct cfg {
     char store[COLLABD_CFG_TEXT];
 };
 
-enum cfg_kind { CFG_LIST, CFG_TEXT, CFG_OCTAL, CFG_SIZE, CFG_LEVEL, CFG_FLAG };
+enum cfg_kind {
+    CFG_ADDR, CFG_ORIGIN, CFG_HOST, CFG_PEER, /* lists of texts */
+    CFG_TEXT, CFG_OCTAL, CFG_SIZE, CFG_POWER, CFG_LEVEL, CFG_FLAG
+};
 enum cfg_when { CFG_START, CFG_LIVE };
 
 static const struct cfg_setting {
@@ -828,6 +883,79 @@ cfg_size_text(int64_t n, char text[24])
     return text;
 }
 
+static bool
+cfg_is_list(const struct cfg_setting *set)
+{
+    return set->kind <= CFG_PEER;
+}
+
+/* PORT, HOST:PORT, [V6]:PORT or unix:PATH */
+static bool
+cfg_is_address(struct span s)
+{
+    struct span port = s, host = { s.at, s.at }, name;
+    uint64_t number;
+    uint8_t a[16];
+
+    if (span_starts(s, "unix:"))
+        return span_len(s) > 5 &&
+               span_len(s) < 5 + sizeof((struct sockaddr_un *)0)->sun_path;
+    while (span_has(port, ':'))
+        host.end = span_cut(&port, ':').end;
+    if (span_decimal(port, 65535, &number) != PARSE_OK)
+        return false;
+    if (host.end == host.at)
+        return port.at == s.at; /* no host, and no colon either */
+    if (!span_cut_host(host, &name) || (*host.at == '[') !=
+        (name.end != host.end) || span_has(name, '/'))
+        return false;
+    for (host = name; host.at < host.end && (byte_is_digit(*host.at) ||
+                                             *host.at == '.'); host.at++)
+        ;
+    return (*name.at != '[' && host.at < host.end && !span_has(name, ':')) ||
+           span_parse_address(name, a);
+}
+
+/* What is wrong with an element of a list, or NULL. */
+static const char *
+cfg_judge_element(enum cfg_kind kind, struct span s)
+{
+    struct span one, name;
+    uint8_t a[16];
+
+    switch (kind) {
+    case CFG_ADDR:
+        return cfg_is_address(s) ? NULL
+                                 : "PORT, HOST:PORT, [V6]:PORT or unix:PATH";
+    case CFG_ORIGIN:
+        one = s;
+        one.at = span_find(s, ':');
+        one.at = span_starts(one, "://") ? one.at + 3 : s.at;
+        return span_is(s, "*") || span_cut_host(one, &name)
+                   ? NULL
+                   : "scheme://host[:port] without a path, a host, null or *";
+    case CFG_HOST:
+        return span_cut_host(s, &name) && span_equals(s, name)
+                   ? NULL
+                   : "a host name without scheme and port";
+    case CFG_PEER:
+        while (!span_is_empty(s)) {
+            one = span_trim(span_cut(&s, ','));
+            if (!span_is(one, "unix") && !span_parse_address(one, a))
+                return "IP addresses or \"unix\", with commas between";
+        }
+        return NULL;
+    case CFG_TEXT:
+    case CFG_OCTAL:
+    case CFG_SIZE:
+    case CFG_POWER:
+    case CFG_LEVEL:
+    case CFG_FLAG:
+        break;
+    }
+    return NULL;
+}
+
 /* Sets one setting from its text.  `where` is the file and line or the flag,
  * for the message.  False: refused and said. */
 static bool
@@ -839,7 +967,10 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
     uint64_t n = 0;
 
     switch (set->kind) {
-    case CFG_LIST:
+    case CFG_ADDR:
+    case CFG_ORIGIN:
+    case CFG_HOST:
+    case CFG_PEER:
     case CFG_TEXT:
         if (span_len(value) + 1 > sizeof c->store - c->store_used) {
             log_say(LOG_LEVEL_ERROR,
@@ -853,7 +984,14 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
                     set->value);
             return false;
         }
-        if (set->kind == CFG_LIST) {
+        if (cfg_judge_element(set->kind, value) != NULL) {
+            log_say(LOG_LEVEL_ERROR, "%s: %s is \"%.*s\"; give %s", where,
+                    name, (int)(span_len(value) > 200 ? 200 : span_len(value)),
+                    (const char *)value.at,
+                    cfg_judge_element(set->kind, value));
+            return false;
+        }
+        if (cfg_is_list(set)) {
             struct cfg_list *list = cfg_field(c, set);
             if (list->count == sizeof list->item / sizeof *list->item) {
                 log_say(LOG_LEVEL_ERROR, "%s: more than %u times %s", where,
@@ -881,6 +1019,7 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
         }
         break;
     case CFG_SIZE:
+    case CFG_POWER:
         if (cfg_parse_size(value, &n) != PARSE_OK) {
             log_say(LOG_LEVEL_ERROR,
                     "%s: %s is \"%.*s\"; give a number, with K, M or G "
@@ -893,6 +1032,12 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
                     where, name, (int)span_len(value), (const char *)value.at,
                     cfg_size_text(set->least, least),
                     cfg_size_text(set->most, most));
+            return false;
+        }
+        if (set->kind == CFG_POWER && (n & (n - 1)) != 0) {
+            log_say(LOG_LEVEL_ERROR, "%s: %s is %.*s; give a power of two, "
+                    "like 64K or 128K", where, name, (int)span_len(value),
+                    (const char *)value.at);
             return false;
         }
         break;
@@ -1057,7 +1202,7 @@ cfg_flags(struct cfg *c, int argc, char *const argv[], enum cfg_action *action,
             }
             continue;
         }
-        if (set->kind == CFG_LIST && !from_flags[set - cfg_settings])
+        if (cfg_is_list(set) && !from_flags[set - cfg_settings])
             *(struct cfg_list *)cfg_field(c, set) = (struct cfg_list){ 0 };
         from_flags[set - cfg_settings] = true;
         if (!cfg_set(c, set, value, where))
@@ -1084,12 +1229,6 @@ cfg_settle(struct cfg *c)
         log_say(LOG_LEVEL_ERROR,
                 "tls-listen needs tls-cert and tls-key; collabd --make-cert "
                 "DIR makes both");
-        return false;
-    }
-    if ((c->ring & (c->ring - 1)) != 0) {
-        log_say(LOG_LEVEL_ERROR,
-                "ring is %" PRIu64 "; give a power of two, like 64K or 128K",
-                c->ring);
         return false;
     }
     if (c->message_memory < 2 * c->max_message) {
@@ -1141,7 +1280,7 @@ cfg_agrees(struct cfg *a, struct cfg *b, const struct cfg_setting *set)
     if (set->kind == CFG_TEXT)
         return strcmp(cfg_text(a, *(uint16_t *)cfg_field(a, set)),
                       cfg_text(b, *(uint16_t *)cfg_field(b, set))) == 0;
-    if (set->kind == CFG_LIST) {
+    if (cfg_is_list(set)) {
         struct cfg_list *x = cfg_field(a, set), *y = cfg_field(b, set);
         for (unsigned i = 0; i < x->count && i < y->count; i++)
             if (strcmp(cfg_item(a, x, i), cfg_item(b, y, i)) != 0)
@@ -1162,7 +1301,7 @@ cfg_keep_start(struct cfg *fresh, struct cfg *old)
             continue;
         log_say(LOG_LEVEL_WARNING, "%s has changed; that takes a restart",
                 cfg_typed(set->name, typed));
-        if (set->kind != CFG_LIST && set->kind != CFG_TEXT)
+        if (!cfg_is_list(set) && set->kind != CFG_TEXT)
             *(uint64_t *)cfg_field(fresh, set) =
                 *(uint64_t *)cfg_field(old, set);
     }
@@ -1541,12 +1680,13 @@ enum access_right { RIGHT_NONE, RIGHT_READ, RIGHT_WRITE, RIGHT_ADMIN };
 struct member {
     uint64_t entry;
     uint64_t own;     /* charges of its own entries from `entry` on */
-    uint64_t holds_since; /* ms: the minute in which held_ms counts */
+    int64_t holds_since; /* ms: the minute in which held_ms counts */
     int64_t moved_ms; /* when its cursor last moved, or it had no lag */
     uint32_t off;     /* bytes of the entry's frame that were sent */
     uint16_t room;    /* NONE: in none */
     uint16_t prev, next; /* of the room's members, by slot */
-    uint16_t held_ms; /* for so long this minute it slowed the room */
+    uint16_t held_ms; /* for so long this minute it slowed the room, */
+    uint16_t burst_ms; /* and for so long when it was one of few */
     bool echo;        /* wants its own messages too */
     bool overtaken;   /* the ring no longer has what it was to get next */
     bool lagging;     /* counted when the room was last judged */
@@ -1613,7 +1753,8 @@ struct room {
     uint16_t dirty_next;
     bool used;
     bool dirty;            /* in the list of rooms to flush */
-    bool held;             /* a slow majority: its publishers are not read */
+    bool held;             /* by laggards: its publishers are not read */
+    bool held_by_few;
     bool overtook;         /* some member is overtaken; the turn must act */
     uint8_t name_len;
     uint8_t name[COLLABD_NAME_MAX];
@@ -1658,7 +1799,7 @@ struct tokens {
     X(copied_bytes,   "payload bytes copied between receive and send") \
     X(assembled,      "messages that needed message memory") \
     X(pings,          "pings sent") \
-    X(holds,          "times a slow majority stopped a room's publishers") \
+    X(holds,          "times laggards stopped a room's publishers") \
     X(starved,        "times a client waited for a dry pool") \
     X(evicted,        "stalled clients closed because a pool was dry") \
     X(tls_handshakes, "TLS handshakes completed") \
@@ -1986,7 +2127,7 @@ memory_take(struct collabd *s, const struct cfg *c)
         return false;
     at = s->slab + (64 - (uintptr_t)s->slab % 64) % 64;
 #define X(field, what, count, each)                                          \
-    s->field = (void *)at;                                                   \
+    s->field = (count) > 0 ? (void *)at : NULL;                              \
     at += memory_align((count) * (each));
     MEMORY_TABLE(X)
 #undef X
@@ -2002,7 +2143,7 @@ memory_take(struct collabd *s, const struct cfg *c)
     s->block_budget = c->message_memory / 4 > c->max_message + 10
                           ? c->message_memory / 4
                           : c->max_message + 10;
-    if (c->tokens != 0)
+    if (s->tokens != NULL)
         s->tokens_spare = s->tokens + 1;
     for (unsigned i = 0; i < s->bucket_count; i++)
         s->buckets[i] = NONE;
@@ -2271,36 +2412,6 @@ http_list_has(struct span list, const char *token)
     return false;
 }
 
-/* Host, as in RFC 9110 7.2: a name, an IPv4 address or [IPv6], perhaps with a
- * port.  *name is without port and brackets. */
-static bool
-http_host_name(struct span host, struct span *name)
-{
-    struct span rest = host;
-
-    if (span_starts(host, "[")) {
-        rest.at++;
-        *name = span_cut(&rest, ']');
-        if (name->end == host.end)
-            return false;
-        for (struct span s = *name; s.at < s.end; s.at++)
-            if (hex_value(*s.at) < 0 && *s.at != ':' && *s.at != '.')
-                return false;
-        if (!span_is_empty(rest) && *rest.at++ != ':')
-            return false;
-    } else {
-        *name = span_cut(&rest, ':');
-        for (struct span s = *name; s.at < s.end; s.at++)
-            if (*s.at <= ' ' || *s.at >= 0x7f ||
-                strchr("/\\?#@[]<>\"^`{|}%,", *s.at) != NULL)
-                return false;
-    }
-    for (struct span s = rest; s.at < s.end; s.at++)
-        if (!byte_is_digit(*s.at))
-            return false;
-    return !span_is_empty(*name) && span_len(*name) <= 255;
-}
-
 static struct verdict
 http_request_line(struct span line, struct http *h)
 {
@@ -2476,7 +2587,7 @@ http_parse(struct span head, struct http *h)
         return HTTP_BAD("Content-Length and Transfer-Encoding stand together");
     if (h->hosts == 0 && h->minor > 0)
         return HTTP_BAD("there is no Host");
-    if (h->hosts > 0 && !http_host_name(h->host, &name))
+    if (h->hosts > 0 && !span_cut_host(h->host, &name))
         return HTTP_BAD("Host is not a host name or address");
     return http_fine;
 }
@@ -3078,23 +3189,6 @@ access_is_v4(const uint8_t a[16])
     return memcmp(a, prefix, 12) == 0;
 }
 
-static bool
-access_parse_address(struct span text, uint8_t a[16])
-{
-    char copy[INET6_ADDRSTRLEN];
-
-    if (span_len(text) >= sizeof copy)
-        return false;
-    memcpy(copy, text.at, span_len(text));
-    copy[span_len(text)] = '\0';
-    memset(a, 0, 16);
-    if (inet_pton(AF_INET, copy, a + 12) == 1) {
-        a[10] = a[11] = 255;
-        return true;
-    }
-    return inet_pton(AF_INET6, copy, a) == 1;
-}
-
 static void
 access_address_text(const uint8_t a[16], char text[INET6_ADDRSTRLEN])
 {
@@ -3147,7 +3241,7 @@ access_is_trusted(const struct cfg *c, const uint8_t peer[16], bool local)
         uint8_t a[16];
         while (http_list_next(&list, &one))
             if (span_is(one, "unix") ? local
-                                     : !local && access_parse_address(one, a) &&
+                                     : !local && span_parse_address(one, a) &&
                                            memcmp(a, peer, 16) == 0)
                 return true;
     }
@@ -3160,9 +3254,9 @@ access_parse_hop(struct span hop, uint8_t a[16])
 {
     struct span name;
 
-    if (access_parse_address(hop, a))
+    if (span_parse_address(hop, a))
         return true;
-    return http_host_name(hop, &name) && access_parse_address(name, a);
+    return span_cut_host(hop, &name) && span_parse_address(name, a);
 }
 
 /* The rightmost address of X-Forwarded-For that is no trusted proxy.  False:
@@ -3215,11 +3309,11 @@ access_host_is_ours(const struct cfg *c, const char *hostname,
     struct span name;
     uint8_t a[16];
 
-    if (!http_host_name(host, &name))
+    if (!span_cut_host(host, &name))
         return false;
     if (span_len(name) > 1 && name.end[-1] == '.')
         name.end--;
-    if (access_parse_address(name, a) || !span_has(name, '.') ||
+    if (span_parse_address(name, a) || !span_has(name, '.') ||
         span_is_folded(name, hostname) || access_is_listed(c, &c->host, name))
         return true;
     for (size_t i = 0; i < sizeof local / sizeof *local; i++)
@@ -3242,7 +3336,7 @@ access_cut_origin(struct span text, struct span *scheme, struct span *host)
     if (!span_starts((struct span){ scheme->end, text.end }, "://"))
         return false;
     *host = (struct span){ scheme->end + 3, text.end };
-    if (!http_host_name(*host, &name))
+    if (!span_cut_host(*host, &name))
         return false;
     if ((span_is_folded(*scheme, "http") && span_ends_folded(*host, ":80")) ||
         (span_is_folded(*scheme, "https") && span_ends_folded(*host, ":443")))
@@ -3257,7 +3351,7 @@ access_origin_is_listed(const struct cfg *c, struct span scheme,
 {
     struct span name, s, h;
 
-    (void)http_host_name(host, &name);
+    (void)span_cut_host(host, &name);
     for (unsigned i = 0; i < c->origin.count; i++) {
         struct span item = span_text(cfg_item(c, &c->origin, i));
         if (span_is(item, "*") || span_equals_folded(item, name) ||
@@ -3282,7 +3376,7 @@ access_origin(const struct cfg *c, const struct http *h)
                                                           : ORIGIN_FOREIGN;
     if (!access_cut_origin(h->origin, &scheme, &host))
         return ORIGIN_FOREIGN;
-    if (http_host_name(host, &name) && http_host_name(h->host, &ours) &&
+    if (span_cut_host(host, &name) && span_cut_host(h->host, &ours) &&
         span_equals_folded(name, ours))
         return ORIGIN_SAME;
     return access_origin_is_listed(c, scheme, host) ? ORIGIN_LISTED
@@ -3333,6 +3427,12 @@ access_why_foreign(struct span origin, char *why, size_t size)
 #define ROOM_STALL_MS 2000       /* a laggard that has not moved for so long */
 #define ROOM_HOLD_MS 5000        /* so long a member may slow a room ... */
 #define ROOM_HOLD_WINDOW_MS 60000 /* ... within so long */
+
+/* A healthy reader in a burst is a laggard for a moment, and whether it is
+ * one of few or of most is chance: while it moves this quickly, it may slow
+ * its room for so long alone. */
+#define ROOM_BURST_STALL_MS 100
+#define ROOM_BURST_HOLD_MS 1000
 
 static uint32_t
 room_hash(struct span name)
@@ -3667,13 +3767,27 @@ room_publish_assembly(struct collabd *s, struct conn *from, uint8_t opcode,
     assembly_drop(&s->chunks, m);
 }
 
-/* Has the room appended half a ring since its last flush?  Then its members
+/* Has the room appended a quarter ring since its last flush?  Then its members
  * are not read until it is flushed, so nobody is overtaken without a write
  * attempt in between. */
 static bool
 room_wants_flush(const struct room *room)
 {
-    return room->ring.pos - room->flushed_pos >= room->ring.size / 2;
+    return room->ring.pos - room->flushed_pos >= room->ring.size / 4;
+}
+
+/* The most that may be appended between two flushes beyond that quarter: one
+ * more message in the ring, or a receive buffer of the smallest frames. */
+#define ROOM_BURST (4096 / 6 * RING_CHARGE)
+
+/* Whose lag is more than this counts as a laggard: half a ring or, in small
+ * rings, so much less that it cannot be overtaken before it was judged. */
+static uint64_t
+room_lag_limit(const struct room *room)
+{
+    uint64_t quarter = room->ring.size / 4;
+
+    return 3 * quarter - (quarter > ROOM_BURST ? quarter : ROOM_BURST);
 }
 
 /* Bytes between a member's cursor and the head that it is yet to be sent. */
@@ -3804,36 +3918,47 @@ room_advance(struct collabd *s, struct conn *c, uint64_t taken)
 
 /* May this laggard slow its room?  Only while it moves, and not for long. */
 static bool
-room_may_hold(struct member *in)
+room_may_hold(struct member *in, bool alone)
 {
-    if (now_ms - (int64_t)in->holds_since >= ROOM_HOLD_WINDOW_MS) {
-        in->holds_since = (uint64_t)now_ms;
-        in->held_ms = 0;
+    if (now_ms - in->holds_since >= ROOM_HOLD_WINDOW_MS) {
+        in->holds_since = now_ms;
+        in->held_ms = in->burst_ms = 0;
     }
-    return now_ms - in->moved_ms < ROOM_STALL_MS && in->held_ms < ROOM_HOLD_MS;
+    return now_ms - in->moved_ms <
+               (alone ? ROOM_BURST_STALL_MS : ROOM_STALL_MS) &&
+           (alone ? in->burst_ms < ROOM_BURST_HOLD_MS
+                  : in->held_ms < ROOM_HOLD_MS);
 }
 
-/* Judges after a flush whether a slow majority holds the room: more than half
- * of those who hear a message are over half a ring behind. */
+/* Judges after a flush whether laggards hold the room: half of those who hear
+ * a message or more, or a few in a burst.  Who is a laggard stays one until it
+ * is less than a quarter ring behind, so that the verdict does not flicker. */
 static void
 room_judge(struct collabd *s, struct room *room)
 {
-    uint16_t lagging = 0;
+    unsigned lagging = 0, bursting = 0;
     int64_t passed = now_ms - room->judged_ms;
+    bool was = room->held;
 
     for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {
-        struct conn *c = &s->conns[m];
-        uint64_t lag = room_lag(room, c);
+        struct member *in = &s->conns[m].in;
+        uint64_t lag = room_lag(room, &s->conns[m]);
         if (lag == 0)
-            c->in.moved_ms = now_ms;
-        if (room->held && c->in.lagging && passed < ROOM_HOLD_MS)
-            c->in.held_ms = (uint16_t)(c->in.held_ms + passed);
-        c->in.lagging = lag > room->ring.size / 2 && room_may_hold(&c->in);
-        lagging = (uint16_t)(lagging + c->in.lagging);
+            in->moved_ms = now_ms;
+        if (room->held && in->lagging && passed < ROOM_HOLD_MS) {
+            in->held_ms = (uint16_t)(in->held_ms + passed);
+            in->burst_ms =
+                (uint16_t)(in->burst_ms + (room->held_by_few ? passed : 0));
+        }
+        in->lagging = lag > (in->lagging ? room->ring.size / 4
+                                         : room_lag_limit(room)) &&
+                      room_may_hold(in, false);
+        lagging += in->lagging;
+        bursting += in->lagging && room_may_hold(in, true);
     }
-    if (!room->held && lagging * 2 > room->count - 1)
-        s->count.holds++;
-    room->held = lagging * 2 > room->count - 1 && lagging > 0;
+    room->held_by_few = lagging * 2 + 1 < room->count;
+    room->held = lagging > 0 && (!room->held_by_few || bursting > 0);
+    s->count.holds += room->held && !was;
     room->judged_ms = now_ms;
 }
 
@@ -4230,6 +4355,26 @@ tls_set_versions(mbedtls_ssl_config *conf)
 #endif
 }
 
+/* The quick curves first: a handshake's step holds everybody up, and 2.28
+ * would begin with the slowest. */
+static void
+tls_set_curves(mbedtls_ssl_config *conf)
+{
+#if MBEDTLS_VERSION_NUMBER >= 0x03000000
+    static const uint16_t groups[] = { MBEDTLS_SSL_IANA_TLS_GROUP_X25519,
+                                       MBEDTLS_SSL_IANA_TLS_GROUP_SECP256R1,
+                                       MBEDTLS_SSL_IANA_TLS_GROUP_SECP384R1,
+                                       MBEDTLS_SSL_IANA_TLS_GROUP_NONE };
+    mbedtls_ssl_conf_groups(conf, groups);
+#else
+    static const mbedtls_ecp_group_id curves[] = {
+        MBEDTLS_ECP_DP_CURVE25519, MBEDTLS_ECP_DP_SECP256R1,
+        MBEDTLS_ECP_DP_SECP384R1, MBEDTLS_ECP_DP_NONE
+    };
+    mbedtls_ssl_conf_curves(conf, curves);
+#endif
+}
+
 static bool
 tls_is_over(mbedtls_ssl_context *ssl)
 {
@@ -4318,6 +4463,7 @@ tls_config_make(struct tls_config *t, const struct collabd *s,
         return "no memory for TLS";
     mbedtls_ssl_conf_rng(&t->conf, tls_random, NULL);
     tls_set_versions(&t->conf);
+    tls_set_curves(&t->conf);
 #if defined(MBEDTLS_SSL_RENEGOTIATION)
     mbedtls_ssl_conf_renegotiation(&t->conf,
                                    MBEDTLS_SSL_RENEGOTIATION_DISABLED);
@@ -6001,6 +6147,7 @@ conn_reply(struct collabd *s, struct conn *c, const struct reply *r)
                c->close_after_reply ? "Connection: close\r\n"
                                     : "Connection: keep-alive\r\n",
                r->fields == NULL ? "" : r->fields);
+    s->cors[0] = '\0'; /* they were this reply's */
     if (!r->head_only)
         out_span(&o, r->body);
     assert(!o.full);
@@ -6447,7 +6594,7 @@ conn_answer(struct collabd *s, struct conn *c, struct span head)
     } else if (!span_is_empty(h.host) &&
                !access_host_is_ours(s->cfg, s->hostname, h.host)) {
         struct span name = h.host;
-        (void)http_host_name(h.host, &name);
+        (void)span_cut_host(h.host, &name);
         (void)snprintf(why, sizeof why,
                        "this server is not %.*s; if it should be, add "
                        "--host %.*s",
@@ -6590,7 +6737,8 @@ conn_feed(uint8_t *to, size_t len, int flags, void *user)
         r->fed += have;
         return (ssize_t)have;
     }
-    if (r->reads_left == 0 || r->ended || conn_is_in_debt(c) ||
+    if (r->reads_left == 0 || r->ended ||
+        (c->state == CONN_OPEN && conn_is_in_debt(c)) ||
         (room != NULL && room_wants_flush(room)))
         return -1;
     n = net_recv(s, c, to, len);
@@ -6736,6 +6884,19 @@ conn_awaits_close(const struct conn *c)
     }
 }
 
+/* Throws input away until the peer has left. */
+static void
+conn_read_nothing(struct collabd *s, struct conn *c)
+{
+    uint8_t waste[4096];
+    ssize_t n = 1;
+
+    for (int i = 0; i < CONN_READS && n > 0; i++)
+        n = sys.recv(c->fd, waste, sizeof waste, MSG_DONTWAIT);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+        conn_gone(s, c);
+}
+
 /* Reads frames only to find the Close that answers ours; then the server ends
  * the connection (RFC 6455 7.1.1). */
 static void
@@ -6744,8 +6905,10 @@ conn_read_close(struct collabd *s, struct conn *c)
     struct receiver *r;
     struct ws_piece p;
 
-    if (c->receiver == NONE && receiver_borrow(s, c) == NULL)
+    if (c->receiver == NONE && receiver_borrow(s, c) == NULL) {
+        conn_read_nothing(s, c);
         return;
+    }
     r = &s->receivers[c->receiver];
     r->reads_left = CONN_READS;
     r->ended = false;
@@ -6759,19 +6922,6 @@ conn_read_close(struct collabd *s, struct conn *c)
         conn_gone(s, c);
     else if (receiver_is_idle(r))
         receiver_return(s, c, conn_feed);
-}
-
-/* Throws input away until the peer has left. */
-static void
-conn_read_nothing(struct collabd *s, struct conn *c)
-{
-    uint8_t waste[4096];
-    ssize_t n = 1;
-
-    for (int i = 0; i < CONN_READS && n > 0; i++)
-        n = sys.recv(c->fd, waste, sizeof waste, MSG_DONTWAIT);
-    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
-        conn_gone(s, c);
 }
 
 static void
@@ -7303,7 +7453,7 @@ loop_judge(struct collabd *s, struct room *room)
 
     room_judge(s, room);
     if (room->held)
-        loop_due(s, now_ms + 100);
+        loop_due(s, now_ms + ROOM_BURST_STALL_MS);
     if (room->held == was)
         return;
     for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {

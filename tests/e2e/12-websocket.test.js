@@ -438,7 +438,7 @@ test('many frames in one packet are all taken, in order', async (t) => {
 });
 
 test('a stream may be cut at every byte', async (t) => {
-    const server = await startServer(t);
+    const server = await startServer(t, { args: ['--max-rooms', '300'] });
     const stream = Buffer.concat([frame(TEXT, 'é1'), frame(PING, 'two'),
         ...fragments(TEXT, Buffer.from('€'), 1), frame(BINARY, 'x'.repeat(130))]);
     await Promise.all(count(stream.length - 1, 1).map(async (at) => {

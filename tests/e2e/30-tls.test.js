@@ -167,14 +167,13 @@ test('A session is resumed with TLS 1.3', { skip: !HAS_13 && 'the library has no
 test('Node resumes a session, and a ticket that was tampered with is no harm', async () => {
     const options = { maxVersion: 'TLSv1.2' };
     const first = await open(secure(server, options));
-    const session = first.getSession();
+    const session = first.getSession(), ticket = first.getTLSTicket();
     assert.equal(first.isSessionReused(), false);
     first.destroy();
     const second = await open(secure(server, { ...options, session }));
     assert.equal(second.isSessionReused(), true);
     second.destroy();
     const spoilt = Buffer.from(session);
-    const ticket = first.getTLSTicket();
     const at = ticket ? spoilt.indexOf(ticket) : -1;
     assert.ok(at >= 0, 'the session holds no ticket');
     spoilt[at + ticket.length - 5] ^= 1;
