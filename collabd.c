@@ -1,7 +1,114 @@
-/* collabd.c - a real-time collaboration server that fits in a router.
+/* ===== 1  Front page =====================================================
+ * collabd.c - a real-time collaboration server that fits in a router.
  *
  * SPDX-License-Identifier: MIT
- */
+ *
+ * What one client sends to the WebSocket /ws/NAME reaches every other client
+ * of that name, whole, at once, and in one order that is the same for all.
+ * Beside that there is what a browser needs to get there: HTTP, TLS, tokens,
+ * and files from a folder.  The program is one process, one thread and one
+ * poll() loop.  It takes its memory when it starts and never more; two
+ * libraries, wslay and mbedTLS, do the framing and the cryptography.
+ *
+ * A byte's way from one browser to the others:
+ *
+ *      browser A                                 browser B     browser C
+ *          │ a frame, masked                           ▲             ▲
+ *          ▼                                           │ the same    │
+ *      net_recv                                    net_send      net_send
+ *          │                                           ▲             ▲
+ *   ┌──────▼──────────────────┐                        │             │
+ *   │ receiver: lent to whom  │  ws_next: unmask,      │             │
+ *   │ is read; wslay's buffer │  judge, check UTF-8    │             │
+ *   │ is the receive buffer   │                        │             │
+ *   └──┬───────────────────┬──┘                        └──────┬──────┘
+ *      │ whole and short   │ long, or in pieces               │
+ *      │                   ▼                                  │
+ *      │ one copy    message memory, ──────▶ room_gather: spans of
+ *      │             in chunks               ring and blocks, no copy
+ *      ▼                   ▼ an entry that names it       ▲
+ *   ┌─────────────────────────────────────────────────────┴──────────┐
+ *   │ the room's ring   ┄┄┄▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓┄┄┄┄┄┄┄┄┄ │
+ *   └──────────────────────┴───────────┴───────────────────┴─────────┘
+ *                        tail      C's cursor     head = B's cursor
+ *                                                 room_publish moves the head
+ *
+ *   A turn: poll ─▶ accept ─▶ read each readable client a little ─▶ whatever is
+ *   due ─▶ flush the rooms ─▶ flush and free connections ─▶ one step of one TLS
+ *   handshake.
+ *
+ * A publish costs one copy, however many members there are, and one system
+ * call for each member and turn, however many messages there were.  Output has
+ * three sources, control frames, a reply, the ring, and changes between them
+ * only where a frame ends.
+ *
+ * The memory sum, all of it fixed by the settings (`collabd --show-memory`
+ * prints each line, --memory refuses a sum that is too large):
+ *
+ *     max-clients      x  a slot, its place in the poll set
+ *   + max-rooms        x  a slot, 2 x ring (the bytes, the table of entries)
+ *   + message-memory      messages that are long or come in pieces
+ *   + max-requests     x  a request head and a piece of a reply
+ *   + receive-buffers  x  wslay's context, which holds the receive buffer
+ *   + 2                x  the token table, the one in use and its successor
+ *   + max-tls          x  mbedTLS's buffers, and more during a handshake
+ *   + the server itself
+ *
+ * It is touched only when used.  On top come the kernel's socket buffers, which
+ * socket-buffer bounds for each connection.  A pool that is dry is an answer,
+ * not a failure: a client waits unread until a deadline, then gets 503 or 1013.
+ *
+ * What can go wrong, and where the answer stands:
+ *
+ *   bytes that lie about lengths        2  spans check every bound
+ *   requests read two ways (smuggling)  8  strict heads, no two framings
+ *   frames against the rules, bad text  9  judged before they are used
+ *   a page of a stranger's site        10  Origin
+ *   a stranger's name for this host    10  Host (DNS rebinding)
+ *   forged X-Forwarded-For             10  only from --trust-proxy
+ *   guessed or leaked tokens           10  hashes, constant time; never logged
+ *   a client that stops reading        11  overtaken and cut loose
+ *   most clients slow                  11  their publishers wait, not for long
+ *   a TLS write that was half taken    12  what is owed goes first, same length
+ *   handshakes that hold up the rest   12, 16  max-handshakes, a step a turn
+ *   a stolen CA key                    13  name constraints: this box only
+ *   a clock that was never set         3, 13  not before the build
+ *   a path that leaves the folder      14  walked without links, no `..`
+ *   slow-loris, at every stage         15  each state has its deadline
+ *   a peer that is gone silently       15  pings; any byte counts as life
+ *   one client with all the buffers    16  stalled holders are evicted
+ *   out of slots or descriptors        16  a spare one says 503; rest, no spin
+ *   a reload with an error in it       17  all or nothing
+ *
+ * The book.  Each chapter uses only those before it: there are no forward
+ * declarations of functions, so the compiler proves it.  A lower chapter never
+ * calls an upper one; it returns a verdict or moves a field, and the turn acts
+ * on it.  A function's name begins with its chapter's word, and its return type
+ * stands on the line above, so `grep -n '^room_' collabd.c` is the index.
+ *
+ *    n  chapter       look for         there is
+ *    1  Front page    -                the plan; build switches, includes
+ *    2  Bytes         span_ out_       checked reading and writing, UTF-8
+ *    3  Machine       sys_ log_        system calls, the clock, log lines
+ *    4  Settings      cfg_             every knob, in one table
+ *    5  Rings         ring_            cursors, and who may overwrite what
+ *    6  Tables        memory_ chunk_   every struct, its invariants, its place
+ *    7  Counters      stat_            what is measured; text for /metrics
+ *    8  HTTP          http_            a request head to a verdict
+ *    9  Frames        ws_ receiver_    frames in; wslay's contexts, lent
+ *   10  Access        access_          tokens, Origin, Host, proxies
+ *   11  Rooms         room_            publish once, read by cursor; laggards
+ *   12  Transport     net_ tls_        sockets and TLS behind one pair of calls
+ *   13  Certificates  cert_            a CA for this box, and its leaf
+ *   14  Files         file_            static files, and no way out
+ *   15  Connections   conn_            the state machine; every way to leave
+ *   16  The turn      loop_            wait, read, flush, deadlines
+ *   17  The program   start_ program_  start and stop; collabd.h's calls; main
+ *
+ * collabd.h has the limits with the reason for each, the close codes and the
+ * calls to embed the server.  Tests include this file (COLLABD_NO_MAIN) and so
+ * reach everything in it.
+ * ========================================================================= */
 
 #define _GNU_SOURCE
 
@@ -60,14 +167,14 @@
 #endif
 #include <wslay/wslay.h>
 
-/* ===== 2  Bytes ==========================================================
+/* ===== 2  Bytes =============================================================
  * Reading and writing foreign bytes with every bound checked.
  *
  * A span borrows bytes.  A parser takes `struct span *in`, advances it only
  * when it succeeds and answers three ways, so that every prefix of an input
  * can be tested.  A writer writes on and is asked `full` once, at the end.
  * No other pointer arithmetic is done on bytes that come from outside.
- * ======================================================================== */
+ * ========================================================================= */
 
 struct span {
     const uint8_t *at, *end;
@@ -451,13 +558,13 @@ span_matches(struct span s, struct span glob)
         }
     }
 }
-/* ===== 3  Machine =======================================================
+/* ===== 3  Machine ===========================================================
  * What can fail outside, the clock, and how we speak.
  *
  * System calls that can fail go through `sys`, so that a test can make the
  * n-th one fail.  The clock is read once a turn.  A log line is one line: what
  * peers sent is escaped before it is printed.
- * ======================================================================== */
+ * ========================================================================= */
 
 static struct {
     int (*ppoll)(struct pollfd *, nfds_t, const struct timespec *,
@@ -497,6 +604,7 @@ sys_read_clock(void)
     now_ms = (int64_t)(sys_now_us() / 1000);
 }
 
+#if COLLABD_TLS
 /* Seconds since 1970.  A board without a battery starts in 1970: a clock
  * before the build counts as the build. */
 static int64_t
@@ -507,6 +615,7 @@ sys_now_real(void)
     (void)sys.clock_gettime(CLOCK_REALTIME, &t);
     return t.tv_sec < COLLABD_BUILD_EPOCH ? COLLABD_BUILD_EPOCH : t.tv_sec;
 }
+#endif
 
 enum log_level {
     LOG_LEVEL_ERROR,   /* act */
@@ -678,7 +787,7 @@ sys_notify(int fd, const char *state)
                             MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
         log_say(LOG_LEVEL_DEBUG, "NOTIFY_SOCKET: %s", strerror(errno));
 }
-/* ===== 4  Settings =======================================================
+/* ===== 4  Settings ==========================================================
  * Every knob, its range, default and effect, in one table.  A flag --name and
  * a line `name = value` of the configuration file are the same setting; flags
  * win.  The table makes the parser, --help and the check against the manual.
@@ -686,7 +795,7 @@ sys_notify(int fd, const char *state)
  * A SIGHUP reads everything anew into a second struct.  Only if all of it is
  * right does it take effect, and only for settings marked LIVE; a change of
  * any other is reported as needing a restart.
- * ======================================================================== */
+ * ========================================================================= */
 
 /* clang-format off */
 /*   kind   name              default    least  most       when   value      help */
@@ -839,7 +948,7 @@ cfg_typed(const char *name, char typed[32])
 {
     size_t i;
 
-    for (i = 0; name[i] != '\0' && i < 31; i++)
+    for (i = 0; i < 31 && name[i] != '\0'; i++)
         typed[i] = name[i] == '_' ? '-' : name[i];
     typed[i] = '\0';
     return typed;
@@ -1140,7 +1249,7 @@ cfg_path(int argc, char *const argv[])
 {
     const char *path = NULL;
 
-    for (int i = 1; i < argc; i++) {
+    for (int i = 1; i < argc && argv[i] != NULL; i++) {
         if (strncmp(argv[i], "--config=", 9) == 0)
             path = argv[i] + 9;
         else if (strcmp(argv[i], "--config") == 0 && i + 1 < argc)
@@ -1335,7 +1444,7 @@ cfg_help(FILE *to)
     }
     (void)fprintf(to, "\nSizes take K, M, G.  Manual: collabd(8).\n");
 }
-/* ===== 5  Rings ==========================================================
+/* ===== 5  Rings =============================================================
  * A ring is lent memory, a table of entries, and numbers that only grow.
  * Readers are not in the ring: each keeps its own cursor, so one copy of a
  * message serves a whole room.
@@ -1354,7 +1463,7 @@ cfg_help(FILE *to)
  *                4  pos grows by the charge of each entry: its frame's length,
  *                   but at least RING_CHARGE, so one number measures lag in
  *                   bytes and in entries alike
- * ======================================================================== */
+ * ========================================================================= */
 
 /* What an entry costs at least: its place in the table. */
 #define RING_CHARGE 32u
@@ -1511,7 +1620,7 @@ ring_check(const struct ring *r)
     }
     assert(pos == r->pos && at == r->head_at);
 }
-/* ===== 6  Tables =========================================================
+/* ===== 6  Tables ============================================================
  * Every struct of the program, its invariants, and where it lives.
  *
  * All of it stands in one allocation made at start, zeroed and touched only
@@ -1519,7 +1628,7 @@ ring_check(const struct ring *r)
  * never used yet are taken in order, so that idle memory stays untouched.
  * What outlives a turn holds a slot number with its generation (conn_id), not
  * a pointer.
- * ======================================================================== */
+ * ========================================================================= */
 
 /* Every way a connection ends: code on the wire, log text, counter. */
 /* clang-format off */
@@ -2157,10 +2266,10 @@ memory_take(struct collabd *s, const struct cfg *c)
 #endif
     return true;
 }
-/* ===== 7  Counters =======================================================
+/* ===== 7  Counters ==========================================================
  * What is measured, and its text for GET /metrics (Prometheus text format
  * 0.0.4).  Every name begins with collabd_.
- * ======================================================================== */
+ * ========================================================================= */
 
 static void
 stat_line(struct out *o, const char *name, const char *type, const char *help,
@@ -2277,13 +2386,13 @@ stat_health(const struct collabd *s, struct out *o)
                "\"clients\":%u,\"rooms\":%u}\n",
                s->stopping ? "stopping" : "ok", s->conns_used, s->rooms_used);
 }
-/* ===== 8  HTTP ===========================================================
+/* ===== 8  HTTP ==============================================================
  * A request head to a verdict, by hand: RFC 9110, 9112 and 6455 4.2.  Pure:
  * it reads the head and points into it; what is allowed is decided elsewhere.
  *
  * Strict where leniency has been used to smuggle requests: lines end in CRLF,
  * no space before a colon, no folded lines, no two framings.
- * ======================================================================== */
+ * ========================================================================= */
 
 enum http_method {
     HTTP_GET, HTTP_HEAD, HTTP_OPTIONS, HTTP_POST, HTTP_PUT, HTTP_DELETE,
@@ -2649,15 +2758,18 @@ http_accept(struct span key, struct out *o)
 static bool
 http_decode(struct span s, struct out *o)
 {
+    int high, low;
+
     while (s.at < s.end) {
         if (*s.at != '%') {
             out_u8(o, *s.at++);
             continue;
         }
-        if (span_len(s) < 3 || hex_value(s.at[1]) < 0 ||
-            hex_value(s.at[2]) < 0)
+        high = span_len(s) < 3 ? -1 : hex_value(s.at[1]);
+        low = span_len(s) < 3 ? -1 : hex_value(s.at[2]);
+        if (high < 0 || low < 0)
             return false;
-        out_u8(o, (uint8_t)(hex_value(s.at[1]) << 4 | hex_value(s.at[2])));
+        out_u8(o, (uint8_t)(high * 16 + low));
         s.at += 3;
     }
     return !o->full;
@@ -2776,7 +2888,7 @@ http_reason(int status)
     default: return "Internal Server Error";
     }
 }
-/* ===== 9  Frames =========================================================
+/* ===== 9  Frames ============================================================
  * WebSocket frames, RFC 6455 5.  wslay's frame layer cuts the stream into
  * pieces of frames, unmasks them, and checks lengths; masks, reserved bits,
  * opcodes, fragment order, UTF-8 and close codes are checked here.
@@ -2785,7 +2897,7 @@ http_reason(int status)
  * its buffer is the receive buffer.  It cannot be reset: it goes back only
  * when all bytes fed to it came out again as whole frames; else it is freed
  * and made anew.
- * ======================================================================== */
+ * ========================================================================= */
 
 #define WS_HEADER_MAX 10 /* of a server's frame: no mask */
 
@@ -3035,10 +3147,10 @@ assembly_drop(struct chunks *pool, struct assembly *m)
     m->len = 0;
     m->opcode = 0;
 }
-/* ===== 10  Access ========================================================
+/* ===== 10  Access ===========================================================
  * Who may do what: tokens, origins, host names, proxies.  Owns the token
  * table; all else is pure.
- * ======================================================================== */
+ * ========================================================================= */
 
 #define ACCESS_TOKEN_FILE_MAX 65535
 
@@ -3411,7 +3523,7 @@ access_why_foreign(struct span origin, char *why, size_t size)
                        (int)span_len(origin), (const char *)origin.at);
 }
 
-/* ===== 11  Rooms =========================================================
+/* ===== 11  Rooms ============================================================
  * Who shares what, and the fan-out: publish once, read by cursor.
  *
  * A room is a ring and its members.  Publishing copies one frame into the ring
@@ -3422,7 +3534,7 @@ access_why_foreign(struct span origin, char *why, size_t size)
  *
  * A frame longer than a quarter ring stays in message memory and is counted:
  * by its members that have not passed it, and gone with the last.
- * ======================================================================== */
+ * ========================================================================= */
 
 #define ROOM_STALL_MS 2000       /* a laggard that has not moved for so long */
 #define ROOM_HOLD_MS 5000        /* so long a member may slow a room ... */
@@ -3994,11 +4106,11 @@ room_check(const struct collabd *s, const struct room *room)
     }
     assert(members == room->count);
 }
-/* ===== 12  Transport =====================================================
+/* ===== 12  Transport ========================================================
  * Plain sockets and TLS behind one pair of calls, net_recv and net_send: they
  * answer bytes, or IO_WANT_READ, IO_WANT_WRITE, IO_GONE.  Nobody above looks
  * at errno or at codes of mbedTLS.
- * ======================================================================== */
+ * ========================================================================= */
 
 enum io { IO_WANT_READ = -1, IO_WANT_WRITE = -2, IO_GONE = -3 };
 
@@ -4111,8 +4223,7 @@ net_listen_ip(struct listener *l, struct span text, int buffer)
         name.at = text.at;
         while (!span_is_empty(text) && span_has(text, ':'))
             name.end = span_cut(&text, ':').end;
-        if (span_starts(name, "[") && name.end[-1] == ']')
-            name = (struct span){ name.at + 1, name.end - 1 };
+        (void)span_cut_host(name, &name); /* without brackets */
     }
     if (span_decimal(text, 65535, &number) != PARSE_OK ||
         span_len(name) >= sizeof host) {
@@ -4767,7 +4878,7 @@ net_shut(struct collabd *s, struct conn *c)
 }
 #if COLLABD_TLS
 
-/* ===== 13  Certificates =================================================
+/* ===== 13  Certificates =====================================================
  * `collabd --make-cert DIR`: a CA for this box, to be installed once on each
  * device, and a leaf that is issued again as often as need be.
  *
@@ -4789,7 +4900,7 @@ net_shut(struct collabd *s, struct conn *c)
  *
  *   A leaf with more names than the machine has is not due: an interface that
  *   comes up late will find the address it had before.
- * ======================================================================= */
+ * ========================================================================= */
 
 #define CERT_DAY 86400
 #define CERT_CA_DAYS 3650
@@ -5569,11 +5680,11 @@ cert_renew(const struct collabd *s, const struct cfg *c)
 
 #endif /* COLLABD_TLS */
 
-/* ===== 13  Files =========================================================
+/* ===== 14  Files ============================================================
  * Static files under --www.  The folder is open since start; a path is walked
  * from it segment by segment and no symbolic link is followed, so there is no
  * way out.
- * ======================================================================== */
+ * ========================================================================= */
 
 #define FILE_TURN_MAX 65536 /* bytes of a file per client and turn */
 
@@ -5762,6 +5873,8 @@ file_find(int www, const struct http *h)
         span_has((struct span){ (uint8_t *)path, o.at }, 0))
         return f;
     *o.at = '\0';
+    if (path[0] != '/')
+        return f;
     len = strlen(path);
     if (path[len - 1] == '/')
         memcpy(path + len, "index.html", sizeof "index.html");
@@ -5809,7 +5922,7 @@ file_find(int www, const struct http *h)
     }
     return f;
 }
-/* ===== 14  Connections ===================================================
+/* ===== 15  Connections ======================================================
  * The life of a connection: the state machine drawn in chapter 6, and every
  * way a peer leaves.
  *
@@ -5819,7 +5932,7 @@ file_find(int www, const struct http *h)
  * room's ring.  conn_close is the only way a connection ends; it frees
  * nothing, so no pointer dies under a caller: the turn does, when all events
  * are dealt with.
- * ======================================================================== */
+ * ========================================================================= */
 
 #define CONN_CLOSE_MS 2000     /* to send Close, then to see the peer leave */
 #define CONN_READS 16          /* of a receive buffer each, a turn */
@@ -7330,11 +7443,11 @@ conn_expire(struct collabd *s, struct conn *c)
         break;
     }
 }
-/* ===== 15  The turn ======================================================
+/* ===== 16  The turn =========================================================
  * One turn: poll, accept, read whoever is readable (a bounded amount each),
  * flush the rooms that got something, flush and free connections, one step of
  * one TLS handshake, and whatever deadline has passed.
- * ======================================================================== */
+ * ========================================================================= */
 
 #define LOOP_ACCEPTS 32      /* of a listener, a turn */
 #define LOOP_REFUSALS 10     /* by the spare descriptor, a second */
@@ -7634,19 +7747,20 @@ loop_may_step(const struct collabd *s, const struct tls *t)
 static void
 loop_handshake(struct collabd *s)
 {
-    struct tls *t = NULL;
+    unsigned i = 1, slot = 0;
 
-    for (unsigned i = 1; i <= s->tls_fresh && t == NULL; i++) {
-        unsigned slot = (s->handshake_at + i) % s->tls_fresh;
-        if (!loop_may_step(s, &s->tls[slot]))
-            continue;
-        t = &s->tls[slot];
-        s->handshake_at = (uint16_t)slot;
-        loop_after_step(s, conn_at(s, t->conn),
-                        tls_step(s, conn_at(s, t->conn)));
-    }
     s->handshakes_ready = false;
-    for (unsigned i = 0; i < s->tls_fresh && t != NULL; i++)
+    for (; i <= s->tls_fresh; i++) {
+        slot = (s->handshake_at + i) % s->tls_fresh;
+        if (loop_may_step(s, &s->tls[slot]))
+            break;
+    }
+    if (i > s->tls_fresh)
+        return;
+    s->handshake_at = (uint16_t)slot;
+    loop_after_step(s, conn_at(s, s->tls[slot].conn),
+                    tls_step(s, conn_at(s, s->tls[slot].conn)));
+    for (i = 0; i < s->tls_fresh; i++)
         s->handshakes_ready |= loop_may_step(s, &s->tls[i]);
 }
 
@@ -7828,9 +7942,9 @@ loop_turn(struct collabd *s, int most_ms)
         s->count.turn_us_max = began;
     return 0;
 }
-/* ===== 16  The program ===================================================
+/* ===== 17  The program ======================================================
  * Start and stop, reload, signals: the calls of collabd.h, and main.
- * ======================================================================== */
+ * ========================================================================= */
 
 /* ----- start ---------------------------------------------------------------- */
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: the opening handshake is RFC 6455 4.2 on top of RFC 9110 and 9112, to
 // the letter. What is right is accepted in every spelling the grammar allows,
 // in packets of any size; what is wrong is refused with the right status and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: without WebSocket, collabd is a strict HTTP/1.1 server: it keeps
 // connections alive, answers pipelined requests in order, says in one line what
 // was wrong with a request, never takes a body for a request, and lets nobody

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: everybody may do what the token file, the Origin rules, the Host rules
 // and the limits say, and nothing else; who loses a right loses it at once; and
 // no token ever reaches the log.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: `--www DIR` serves what is in DIR as a browser, a cache and a download
 // manager expect it, and nothing that is not in DIR, whatever the path says;
 // and a download harms nobody else, even when its file changes under way.

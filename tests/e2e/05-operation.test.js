@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: whoever runs collabd gets what it promises: every mistake in a setting
 // is refused at once with its name, place and remedy; signals, sockets, limits,
 // supervision and privileges work as in the manual; and a server without work

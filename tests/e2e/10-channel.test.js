@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: a channel keeps its promise: every message reaches every other member,
 // whole and unchanged, in one order that is the same for all. Also what hangs
 // on it: ?echo=1, ?history=N, names, the size limit and --coalesce.

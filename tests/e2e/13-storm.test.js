@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: 300 clients in 30 channels, under random joins, leaves, kills, stalls and
 // bursts for 20 s, and not one message lost, doubled or out of order.
 //

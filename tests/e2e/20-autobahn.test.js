@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: the server passes, strictly, every case of the Autobahn test suite's
 // sections 1 to 7, 9 and 10 (fuzzing client against a server): 301 cases under
 // the suite's own numbers. The channel is an echo server by ?echo=1.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: over TLS everything is as without it, for OpenSSL and for Node; a
 // handshake never keeps anybody waiting, whoever stalls one is gone by the
 // deadline; and a new certificate takes over without dropping anyone.

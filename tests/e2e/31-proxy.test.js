@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: collabd works behind nginx as people set it up: wss ends at nginx,
 // collabd listens on a port or a unix socket, and believes X-Forwarded-For from
 // nginx and from nobody else.

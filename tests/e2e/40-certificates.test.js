@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Goal: `collabd --make-cert DIR` makes a CA that can vouch for this box only
 // and a certificate that clients of that CA accept, renews the latter when that
 // is due, and touches nothing that it did not make. The judge is OpenSSL.

@@ -34,6 +34,19 @@ test_random(uint64_t below)
  * was said since the last question, and forgets everything. */
 
 static int test_stderr = -1, test_heard = -1;
+#ifdef __GLIBC__
+static FILE *test_old_stderr;
+#endif
+
+/* Only there with -fsanitize. */
+extern void __sanitizer_set_report_fd(void *) __attribute__((weak));
+
+static void
+test_report_to(int fd)
+{
+    if (__sanitizer_set_report_fd != NULL)
+        __sanitizer_set_report_fd((void *)(intptr_t)fd);
+}
 
 static void
 test_listen_in(void)
@@ -46,12 +59,24 @@ test_listen_in(void)
     (void)fcntl(test_heard, F_SETFL, O_APPEND);
     test_stderr = dup(STDERR_FILENO);
     (void)dup2(test_heard, STDERR_FILENO);
+    /* cmocka, assert and sanitizers still speak to whoever runs the tests */
+    test_report_to(test_stderr);
+#ifdef __GLIBC__
+    test_old_stderr = stderr;
+    stderr = fdopen(dup(test_stderr), "w");
+    (void)setvbuf(stderr, NULL, _IONBF, 0);
+#endif
 }
 
 static void
 test_listen_no_more(void)
 {
+#ifdef __GLIBC__
+    (void)fclose(stderr);
+    stderr = test_old_stderr;
+#endif
     (void)dup2(test_stderr, STDERR_FILENO);
+    test_report_to(STDERR_FILENO);
     (void)close(test_stderr);
     (void)close(test_heard);
     test_stderr = test_heard = -1;

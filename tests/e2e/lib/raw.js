@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A WebSocket client made of a bare socket: it can send every byte that a
 // client may, or must not, send, and shows every byte and the kind of end that
 // came back.

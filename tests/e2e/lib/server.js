@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Starts a real collabd on a free port of 127.0.0.1 for one test, and sees to it
 // that it ends with the test: cleanly, with exit code 0 and without a report of
 // a sanitizer, or the test fails.

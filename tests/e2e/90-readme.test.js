@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: MIT
+//
+// Goal: what README.md tells people to type works. Every fenced block there has
+// a name behind its language, as in ```sh curl, and exactly one test here that
+// runs it: word by word, but for ports, folders and the token. What would
+// install packages or need root is run below a folder of the test or with
+// `make -n`. A block without a test fails, and a test without a block.
+
+import assert from 'node:assert/strict';
+import { execFile } from 'node:child_process';
+import { existsSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
+import path from 'node:path';
+import { test } from 'node:test';
+import { fileURLToPath, pathToFileURL } from 'node:url';
+import vm from 'node:vm';
+import WebSocket from 'ws';
+import { BINARY, SLOW, startServer, temporaryFolder } from './lib/server.js';
+
+const ROOT = fileURLToPath(new URL('../..', import.meta.url));
+const README = readFileSync(path.join(ROOT, 'README.md'), 'utf8');
+const PATIENCE = 20000 * SLOW;
+
+// ----- the blocks: 'sh curl' -> its text
+
+const blocks = new Map();
+for (const [, name, text] of README.matchAll(/^```(.*)\n([^]*?)^```$/gm)) {
+    assert.ok(!blocks.has(name), `README.md has two blocks "${name}"`);
+    blocks.set(name, text);
+}
+const handled = new Set();
+
+function block(name, run) {
+    handled.add(name);
+    test(`the block "${name}" does what it says`, { timeout: PATIENCE },
+        async (t) => {
+            assert.ok(blocks.has(name), `README.md has no block "${name}"`);
+            await run(t, blocks.get(name));
+        });
+}
+
+// ----- running
+
+// The commands of a block: comments cut off, continued lines joined.
+const commands = (text) => text.replaceAll('\\\n', ' ').split('\n')
+    .map((line) => line.replace(/(^|\s)#.*/, '').trim()).filter(Boolean);
+
+// A folder to type in, in which `collabd` is the binary under test.
+function desk(t) {
+    const dir = temporaryFolder(t);
+    symlinkSync(path.resolve(BINARY), path.join(dir, 'collabd'));
+    return dir;
+}
+
+// Runs one command line; { code, out } with stdout and stderr together.
+function type(line, cwd, more = {}) {
+    const env = { ...process.env, ...more, PATH: `${cwd}:${process.env.PATH}` };
+    // this is no part of a make that may run us
+    for (const name of ['MAKEFLAGS', 'MFLAGS', 'MAKELEVEL'])
+        delete env[name];
+    return new Promise((resolve) => execFile('sh', ['-c', `exec 2>&1\n${line}`],
+        { cwd, env, timeout: PATIENCE }, (error, out) =>
+            resolve({ code: error ? error.code : 0, out })));
+}
+
+async function works(line, cwd, more) {
+    const { code, out } = await type(line, cwd, more);
+    assert.equal(code, 0, `${line}\n${out}`);
+    return out;
+}
+
+// A line that starts the server: the same words, on a free port of loopback.
+// Files are named from the desk.
+function serve(t, line, dir) {
+    const words = line.split(/\s+/);
+    assert.equal(words.shift(), 'collabd');
+    const args = words.map((word, i) => {
+        if (/^\d+$/.test(word) && /listen$/.test(words[i - 1]))
+            return '127.0.0.1:0';
+        return word.startsWith('--') ? word : path.join(dir, word);
+    });
+    return startServer(t, { listen: null, args });
+}
+
+const at = (text, port) => text.replaceAll(/localhost:\d+/g, `127.0.0.1:${port}`);
+
+// A console that remembers, and can be waited for.
+function listeningConsole() {
+    const lines = [];
+    let wake = () => {};
+    return {
+        lines,
+        log: (...words) => {
+            lines.push(words.join(' '));
+            wake();
+        },
+        async until(pattern) {
+            while (!lines.some((line) => pattern.test(line)))
+                await new Promise((resolve) => (wake = resolve));
+        },
+    };
+}
+
+// ----- the tests
+
+block('sh try', async (t, text) => {
+    assert.deepEqual(commands(text), ['make run']);
+    const plan = await works('make -n run', ROOT);
+    assert.match(plan, /port\/debian\/deps build/);
+    assert.match(plan, /collabd --listen 8080/);
+});
+
+block('js browser', async (t, text) => {
+    const server = await startServer(t);
+    const { status } = await server.get('/');
+    assert.equal(status, 200);
+    const windows = [1, 2].map(() => {
+        const console = listeningConsole();
+        // what a page from there has
+        const page = { console, location: { host: `127.0.0.1:${server.port}` },
+            WebSocket: class extends WebSocket {
+                constructor(url) {
+                    super(url, { origin: `http://127.0.0.1:${server.port}` });
+                    t.after(() => this.terminate());
+                }
+            } };
+        vm.runInNewContext(text, page);
+        return console;
+    });
+    // each sees its own message; whoever came first sees two
+    await Promise.all(windows.map((one) => one.until(/^hello at \d/)));
+    await server.waitForMetric('collabd_messages_in_total', 2);
+    await Promise.race(windows.map(async (one) => {
+        while (one.lines.length < 2)
+            await new Promise((resolve) => setTimeout(resolve, 10));
+    }));
+});
+
+block('js node', async (t, text) => {
+    const server = await startServer(t);
+    const earlier = await server.connect('/ws/hello');
+    await earlier.text('from before');
+    await server.waitForMetric('collabd_messages_in_total', 1);
+
+    // `ws` is found from the file's folder
+    const dir = desk(t);
+    symlinkSync(path.join(ROOT, 'tests', 'node_modules'),
+        path.join(dir, 'node_modules'));
+    const file = path.join(dir, 'readme.mjs');
+    writeFileSync(file, at(text, server.port));
+    const running = type(`exec node ${pathToFileURL(file).pathname}`, dir);
+
+    assert.equal((await earlier.message()).text, '{"x":1,"y":2}');
+    server.signal('SIGTERM');
+    const { code, out } = await running;
+    assert.equal(code, 0, out);
+    assert.deepEqual(out.trim().split('\n'),
+        ['from before', '1001 server is shutting down']);
+});
+
+block('dart not-run', (t, text) => {
+    assert.match(README, /Dart[^\n]*not run by the tests/);
+    assert.match(text, /ws:\/\/localhost:8080\/ws\/hello/);
+});
+
+block('sh curl', async (t, text) => {
+    const server = await startServer(t);
+    const [health, metrics, upgrade, ...rest] = commands(at(text, server.port));
+    assert.equal(rest.length, 0);
+    assert.match(await works(`${health} -sS`, ROOT), /"status":"ok"/);
+    assert.match(await works(`${metrics} -sS`, ROOT), /^collabd_clients \d+$/m);
+    const opened = await type(upgrade, ROOT);
+    assert.equal(opened.code, 28, opened.out);  // it was open until the end
+    assert.match(opened.out, /^HTTP\/1\.1 101 Switching Protocols/m);
+    assert.match(opened.out, /s3pPLMBiTxaQ9kYGzzhZRbK\+xOo=/);
+});
+
+block('sh install', async (t, text) => {
+    const [install, cross, ...rest] = commands(text);
+    assert.equal(rest.length, 0);
+    const dir = desk(t);
+
+    // everything is built already, and is to stay as it is
+    const make = install.replace(/^sudo /, '');
+    assert.notEqual(make, install);
+    await works(`${make} DESTDIR=${dir} -o all`, ROOT);
+    for (const file of ['usr/sbin/collabd', 'usr/share/man/man8/collabd.8'])
+        assert.ok(existsSync(path.join(dir, file)), file);
+    assert.match(await works(`${path.join(dir, 'usr/sbin/collabd')} --version`,
+        dir), /^collabd \d/);
+
+    assert.match(await works(`${cross} -n BUILD=${dir}/cross`, ROOT),
+        /^mips-openwrt-linux-gcc .*collabd\.c/m);
+    assert.match(await works('make help', ROOT), /variables: .*CROSS_COMPILE/);
+});
+
+block('sh certificates', async (t, text) => {
+    const dir = desk(t);
+    const [make, start, ask, ...rest] = commands(text);
+    assert.equal(rest.length, 0);
+    await works(make, dir);
+    for (const named of text.matchAll(/tls\/\S+/g))
+        assert.ok(existsSync(path.join(dir, named[0])), named[0]);
+    assert.ok(existsSync(path.join(dir, 'tls/ca-key.pem')));
+    const server = await serve(t, start, dir);
+    const answer = await works(
+        `${at(ask, server.tlsPort).replace('127.0.0.1', 'localhost')} -sS -4`, dir);
+    assert.match(answer, /"status":"ok"/);
+});
+
+block('sh tokens', async (t, text) => {
+    const dir = desk(t);
+    const [make, start, ask, ...rest] = commands(text);
+    assert.equal(rest.length, 0);
+    const made = await works(make, dir);
+    const token = made.match(/^token.*: +(\S+)$/m)[1];
+    const line = made.match(/^line.*: +(.*)$/m)[1];
+    writeFileSync(path.join(dir, 'tokens'), `${line}\n`);
+    const server = await serve(t, start, dir);
+    await works(`${at(ask, server.port)} -sSf`, dir, { TOKEN: token });
+
+    // the three ways to send it, the patterns and the rights that are named
+    const closes = async (where, headers) => {
+        const peer = await server.connect(where, { headers });
+        peer.close(1000);
+        return (await peer.closed()).code;
+    };
+    assert.equal(await closes('/ws/team/a',
+        { Authorization: `Bearer ${token}` }), 1000);
+    assert.equal(await closes(`/ws/team/a?token=${token}`), 1000);
+    assert.equal(await closes('/ws/team/a',
+        { Cookie: `collabd_token=${token}` }), 1000);
+    assert.equal(await closes('/ws/team/a'), 4401);
+    const hash = line.split(' ')[0];
+    for (const right of ['read', 'write', 'admin']) {
+        assert.ok(README.includes(`\`${right}\``));
+        assert.ok(README.includes('`ws/team/*`'));
+        writeFileSync(path.join(dir, 'tokens'), `${hash} ${right} ws/team/*\n`);
+        const before = (await server.metrics()).collabd_reloads_total;
+        server.signal('SIGHUP');
+        await server.waitForMetric('collabd_reloads_total', before + 1);
+        assert.equal(await closes(`/ws/team/a?token=${token}`), 1000);
+        assert.equal(await closes(`/ws/other?token=${token}`), 4403);
+    }
+});
+
+block('sh operate', async (t, text) => {
+    const dir = desk(t);
+    const [show, check, ...rest] = commands(text);
+    assert.equal(rest.length, 0);
+    assert.match(await works(show, dir), /^sum +\d+$/m);
+    await works(check, dir);
+});
+
+test('README.md has no block without a test, and no test lacks its block', () => {
+    assert.deepEqual([...blocks.keys()].sort(), [...handled].sort());
+    const fences = README.match(/^ *(```|~~~)/gm) ?? [];
+    assert.equal(fences.length, 2 * blocks.size, 'a fence of another form');
+    assert.doesNotMatch(README, /^( {4}|\t)\S.*\n\n/m, 'an indented block');
+});
+
+test('commands within sentences name what there is', async () => {
+    const prose = README.replaceAll(/^```[^]*?^```$/gm, '');
+    const help = await works('./collabd --help', path.dirname(path.resolve(BINARY)))
+        .catch(() => works(`${path.resolve(BINARY)} --help`, ROOT));
+    const spans = [...prose.matchAll(/`([^`\n]+)`/g)].map((one) => one[1]);
+    for (const span of spans) {
+        const flag = span.match(/^(?:collabd )?--([a-z-]+)/)?.[1];
+        if (flag && flag !== 'name')
+            assert.match(help, new RegExp(`^  --${flag}\\b`, 'm'), span);
+        if (span.startsWith('make '))
+            await works(`make -n ${span.slice(5)}`, ROOT);
+    }
+    for (const [, target] of prose.matchAll(/\]\(((?!http)[^)]+)\)/g))
+        assert.ok(existsSync(path.join(ROOT, target)), target);
+});
