@@ -1268,10 +1268,12 @@ cfg_flags(struct cfg *c, int argc, char *const argv[], enum cfg_action *action,
     for (int i = 1; i < argc; i++) {
         struct span value = span_text(argv[i]), name;
         const struct cfg_setting *set;
-        bool joined = span_has(value, '=');
+        bool joined;
         size_t a;
         char where[64];
 
+        if (span_is(value, "-h"))
+            value = span_text("--help");
         if (!span_starts(value, "--")) {
             log_say(LOG_LEVEL_ERROR,
                     "\"%s\": flags begin with --; see collabd --help",
@@ -1279,6 +1281,7 @@ cfg_flags(struct cfg *c, int argc, char *const argv[], enum cfg_action *action,
             return false;
         }
         value.at += 2;
+        joined = span_has(value, '=');
         name = span_cut(&value, '=');
         (void)snprintf(where, sizeof where, "--%.*s",
                        span_len(name) > 40 ? 40 : (int)span_len(name),
@@ -1290,6 +1293,10 @@ cfg_flags(struct cfg *c, int argc, char *const argv[], enum cfg_action *action,
         if (set == NULL && a == CFG_ACTION_COUNT) {
             log_say(LOG_LEVEL_ERROR, "%s: there is no such flag; see "
                     "collabd --help", where);
+            return false;
+        }
+        if (joined && set == NULL && *cfg_actions[a].value == '\0') {
+            log_say(LOG_LEVEL_ERROR, "%s takes no value", where);
             return false;
         }
         if (!joined && set != NULL && set->kind == CFG_FLAG) {
@@ -1340,6 +1347,9 @@ cfg_settle(struct cfg *c)
                 "DIR makes both");
         return false;
     }
+    if (c->tls_listen.count == 0 && c->tls_cert != 0)
+        log_say(LOG_LEVEL_WARNING,
+                "tls-cert has no effect without tls-listen");
     if (c->message_memory < 2 * c->max_message) {
         log_say(LOG_LEVEL_ERROR,
                 "message-memory is %" PRIu64 ", less than two messages of "
@@ -1635,7 +1645,7 @@ ring_check(const struct ring *r)
 #define CLOSE_REASONS(X) \
     X(DONE,       0,    "finished") \
     X(PEER,       0,    "closed by the peer") \
-    X(GONE,       0,    "the peer is gone") \
+    X(GONE,       0,    "left without a Close") \
     X(SHUTDOWN,   1001, "server is shutting down") \
     X(PROTOCOL,   1002, "broke the WebSocket protocol") \
     X(NOT_UTF8,   1007, "text is not UTF-8") \
@@ -3232,6 +3242,7 @@ access_load(struct tokens *t, struct sys_file file, const char *path)
     ssize_t n = sys_read_file(file, text, ACCESS_TOKEN_FILE_MAX);
     struct span rest = span_of(text, n < 0 ? 0 : (size_t)n);
     bool good = n >= 0;
+    unsigned bad = 0;
 
     t->on = true;
     t->count = 0;
@@ -3243,11 +3254,12 @@ access_load(struct tokens *t, struct sys_file file, const char *path)
         if (!span_is_empty(line) && line.end[-1] == '\r')
             line.end--;
         wrong = access_token_line(t, line);
-        if (wrong != NULL) {
-            log_say(LOG_LEVEL_ERROR, "tokens file %s:%u: %s", path, number,
-                    wrong);
-            good = false;
-        }
+        if (wrong == NULL)
+            continue;
+        good = false;
+        log_say(LOG_LEVEL_ERROR, "tokens file %s:%u: %s", path, number, wrong);
+        if (++bad == 5)
+            break; /* it may be another kind of file altogether */
     }
     explicit_bzero(text, sizeof text);
     return good;
@@ -5725,6 +5737,7 @@ file_type(const char *name)
         { "woff", "font/woff" },
         { "ttf", "font/ttf" },
         { "otf", "font/otf" },
+        { "crt", "application/x-x509-ca-cert" },
         { "webmanifest", "application/manifest+json" },
     };
     const char *dot = strrchr(name, '.');
@@ -8490,9 +8503,9 @@ program_make_token(void)
         *p = *p == '+' ? '-' : *p == '/' ? '_' : *p;
     sys_hash(MBEDTLS_MD_SHA256, (struct span){ token, t.at }, hash);
     out_hex(&h, hash, sizeof hash);
-    (void)printf("token, for the client:         %.32s\n"
-                 "line, for the file of --tokens: %.64s write *\n",
-                 (char *)token, (char *)text);
+    /* so that `collabd --make-token >> FILE` does it */
+    (void)fprintf(stderr, "the client's token: %.32s\n", (char *)token);
+    (void)printf("%.64s write *\n", (char *)text);
     return 0;
 }
 

@@ -453,11 +453,12 @@ test('More lines than there is room for stop the start', (t) => {
 test('--make-token prints a token and a line that work as they are', async (t) => {
     const made = [1, 2].map(() =>
         spawnSync(BINARY, ['--make-token'], { encoding: 'utf8', timeout: 5000 * SLOW }));
-    const [one, two] = made.map(({ status, stdout }) => {
+    const [one, two] = made.map(({ status, stdout, stderr }) => {
         assert.equal(status, 0);
         const ready = stdout.match(/([0-9a-f]{64}) (read|write|admin) \S+$/m);
         assert.ok(ready, stdout);
-        const token = stdout.split(/[\s"'=]+/).find((word) => sha256(word) === ready[1]);
+        assert.equal(stdout, `${ready[0]}\n`, 'it cannot be appended to a file');
+        const token = stderr.split(/[\s"'=]+/).find((word) => sha256(word) === ready[1]);
         assert.ok(token, 'no word of the output is the token of the line');
         assert.ok(token.length >= 20, 'the token is short');
         assert.match(token, /^[\w.~-]+$/, 'the token cannot stand in a URL as it is');
@@ -603,7 +604,9 @@ test('An Origin full of signs is not repeated as it is', async (t) => {
 
 test('Origins that are listed get CORS fields, others none', async (t) => {
     const listed = 'http://app.example:3000';
-    const server = await startServer(t, { args: ['--origin', listed] });
+    const www = temporaryFolder(t);
+    writeFileSync(path.join(www, 'file.txt'), 'hello\n');
+    const server = await startServer(t, { args: ['--origin', listed, '--www', www] });
     const cors = async (origin, method = 'GET', headers = {}, where = '/healthz') => {
         const answer = await server.get(where,
             { Host: 'localhost', ...(origin && { Origin: origin }), ...headers }, method);
@@ -616,9 +619,11 @@ test('Origins that are listed get CORS fields, others none', async (t) => {
     const missing = await cors(listed, 'GET', {}, '/nothing');
     assert.deepEqual([missing.status, missing.allow], [404, listed]);
     for (const origin of ['http://evil.example', 'http://app.example', 'null', null]) {
-        const { allow, vary } = await cors(origin);
-        assert.equal(allow, undefined, `${origin}`);
-        assert.match(vary, /\bOrigin\b/i);
+        assert.equal((await cors(origin)).allow, undefined, `${origin}`);
+        // A cache must not give this answer to the listed origin.
+        const file = await cors(origin, 'GET', {}, '/file.txt');
+        assert.deepEqual([file.status, file.allow], [200, undefined]);
+        assert.match(file.vary, /\bOrigin\b/i);
     }
 
     const ask = {

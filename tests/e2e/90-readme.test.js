@@ -83,19 +83,20 @@ function serve(t, line, dir) {
 
 const at = (text, port) => text.replaceAll(/localhost:\d+/g, `127.0.0.1:${port}`);
 
-// A console that remembers, and can be waited for.
+// A console that remembers, and tells of its next line.
 function listeningConsole() {
     const lines = [];
-    let wake = () => {};
+    let tell = () => {};
     return {
         lines,
         log: (...words) => {
             lines.push(words.join(' '));
-            wake();
+            tell();
         },
+        next: () => new Promise((resolve) => (tell = resolve)),
         async until(pattern) {
             while (!lines.some((line) => pattern.test(line)))
-                await new Promise((resolve) => (wake = resolve));
+                await this.next();
         },
     };
 }
@@ -129,10 +130,8 @@ block('js browser', async (t, text) => {
     // each sees its own message; whoever came first sees two
     await Promise.all(windows.map((one) => one.until(/^hello at \d/)));
     await server.waitForMetric('collabd_messages_in_total', 2);
-    await Promise.race(windows.map(async (one) => {
-        while (one.lines.length < 2)
-            await new Promise((resolve) => setTimeout(resolve, 10));
-    }));
+    while (!windows.some((one) => one.lines.length === 2))
+        await Promise.race(windows.map((one) => one.next()));
 });
 
 block('js node', async (t, text) => {
@@ -243,14 +242,6 @@ block('sh tokens', async (t, text) => {
     }
 });
 
-block('sh operate', async (t, text) => {
-    const dir = desk(t);
-    const [show, check, ...rest] = commands(text);
-    assert.equal(rest.length, 0);
-    assert.match(await works(show, dir), /^sum +\d+$/m);
-    await works(check, dir);
-});
-
 test('README.md has no block without a test, and no test lacks its block', () => {
     assert.deepEqual([...blocks.keys()].sort(), [...handled].sort());
     const fences = README.match(/^ *(```|~~~)/gm) ?? [];
@@ -258,18 +249,20 @@ test('README.md has no block without a test, and no test lacks its block', () =>
     assert.doesNotMatch(README, /^( {4}|\t)\S.*\n\n/m, 'an indented block');
 });
 
-test('commands within sentences name what there is', async () => {
+test('commands within sentences work, and flags and files there exist', async (t) => {
+    const dir = desk(t);
     const prose = README.replaceAll(/^```[^]*?^```$/gm, '');
-    const help = await works('./collabd --help', path.dirname(path.resolve(BINARY)))
-        .catch(() => works(`${path.resolve(BINARY)} --help`, ROOT));
-    const spans = [...prose.matchAll(/`([^`\n]+)`/g)].map((one) => one[1]);
-    for (const span of spans) {
+    const help = await works('collabd --help', dir);
+    for (const [, span] of prose.matchAll(/`([^`\n]+)`/g)) {
         const flag = span.match(/^(?:collabd )?--([a-z-]+)/)?.[1];
         if (flag && flag !== 'name')
             assert.match(help, new RegExp(`^  --${flag}\\b`, 'm'), span);
+        if (span.startsWith('collabd --'))
+            await works(span, dir);
         if (span.startsWith('make '))
             await works(`make -n ${span.slice(5)}`, ROOT);
     }
     for (const [, target] of prose.matchAll(/\]\(((?!http)[^)]+)\)/g))
         assert.ok(existsSync(path.join(ROOT, target)), target);
+    assert.match(await works('collabd --show-memory', dir), /^sum +\d+$/m);
 });

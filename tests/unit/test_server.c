@@ -39,8 +39,20 @@ static enum call failing = CALLS;
 static int fail_at;    /* the n-th call of that kind; 0: never */
 static int fail_for;   /* so many calls in a row */
 static int fail_errno;
-static int failed_fd;  /* of the last call that failed; -1: none did */
+static bool failed;    /* it has failed */
+static unsigned failed_port; /* of the peer whose call it was; 0: none's */
 static unsigned calls[CALLS];
+
+static unsigned
+port_of(int fd, int (*ask)(int, struct sockaddr *, socklen_t *))
+{
+    struct sockaddr_in at = { .sin_port = 0 };
+    socklen_t len = sizeof at;
+
+    if (fd < 0 || ask(fd, (struct sockaddr *)&at, &len) != 0)
+        return 0;
+    return ntohs(at.sin_port);
+}
 
 static bool
 fails(enum call call, int fd)
@@ -50,7 +62,8 @@ fails(enum call call, int fd)
     if (call != failing || fail_at == 0 || n < fail_at ||
         n >= fail_at + fail_for)
         return false;
-    failed_fd = fd;
+    failed = true;
+    failed_port = port_of(fd, getpeername);
     errno = fail_errno;
     return true;
 }
@@ -124,7 +137,8 @@ nothing_fails(void)
 {
     failing = CALLS;
     fail_at = 0;
-    failed_fd = -1;
+    failed = false;
+    failed_port = 0;
     memset(calls, 0, sizeof calls);
 }
 
@@ -260,7 +274,8 @@ static struct peer {
     int fd;             /* -1: not connected */
     bool ended, failed; /* the server's side has ended; with an error */
     size_t at, len;     /* of in: what was looked at, what arrived */
-    uint8_t in[400000];
+    size_t out_at, out_len;
+    uint8_t in[400000], out[200000];
 } peers[12];
 
 static struct peer *
@@ -277,7 +292,7 @@ dial(int i)
     (void)setsockopt(p->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     assert_int_equal(connect(p->fd, (struct sockaddr *)&at, sizeof at), 0);
     p->ended = p->failed = false;
-    p->at = p->len = 0;
+    p->at = p->len = p->out_at = p->out_len = 0;
     return p;
 }
 
@@ -302,11 +317,31 @@ stop_all(void)
     assert_int_equal(count_fds(), fds_before);
 }
 
+/* Sends what the server has room for; the rest goes with the next look. */
+static void
+push(struct peer *p)
+{
+    ssize_t n;
+
+    if (p->fd < 0 || p->out_at == p->out_len)
+        return;
+    n = send(p->fd, p->out + p->out_at, p->out_len - p->out_at,
+             MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n > 0)
+        p->out_at += (size_t)n;
+    else if (errno != EAGAIN)
+        p->failed = true;
+    if (p->out_at == p->out_len)
+        p->out_at = p->out_len = 0;
+}
+
 static void
 say(struct peer *p, const void *bytes, size_t len)
 {
-    if (send(p->fd, bytes, len, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)len)
-        p->failed = true;
+    assert_true(p->out_len + len <= sizeof p->out);
+    memcpy(p->out + p->out_len, bytes, len);
+    p->out_len += len;
+    push(p);
 }
 
 static void
@@ -341,9 +376,13 @@ static void
 hear(struct peer *p)
 {
     ssize_t n;
+    int one = 1;
 
     if (p->fd < 0)
         return;
+    push(p);
+    /* the server's turns are faster than delayed acknowledgements */
+    (void)setsockopt(p->fd, IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
     if (p->at > sizeof p->in / 2) {
         memmove(p->in, p->in + p->at, p->len - p->at);
         p->len -= p->at;
@@ -1035,8 +1074,7 @@ ten_refusals_a_second_and_then_the_listener_rests(void **state)
     turns(2);
     assert_in_range(loop_timeout(s, -1), 1, 1000);
     hang_up(&peers[0]);
-    pass(1100);
-    turns(3);
+    pass(3300); /* those that had hung up are refused, too */
     (void)join(2);
 }
 
@@ -1282,7 +1320,7 @@ a_flood_of_pings_costs_pongs_but_never_the_close(void **state)
     memset(payload, 'p', sizeof payload);
     for (int i = 0; i < 2000; i++) {
         say_frame(a, 0x89, payload, sizeof payload);
-        if (a->failed)
+        if (a->out_len > 0)
             break;
         turns(1);
     }
@@ -1296,7 +1334,6 @@ a_flood_of_pings_costs_pongs_but_never_the_close(void **state)
             assert_int_equal(first, 0x81);
     }
     assert_true(pongs >= 1);
-    a->failed = false;
     say_frame(a, 0x88, "\x03\xe8", 2);
     turns(4);
     do
@@ -1427,11 +1464,11 @@ files_are_found_again_however_often_the_config_grows(void **state)
     for (int i = 0; i < 5; i++) {
         (void)snprintf(text, sizeof text,
                        "%.*shost = a%d.example\ntokens = %s\n", i * 20,
-                       "host = b.example  \n"
-                       "host = c.example  \n"
-                       "host = d.example  \n"
-                       "host = e.example  \n"
-                       "host = f.example  \n", i, path_of("tokens"));
+                       "host = b.example   \n"
+                       "host = c.example   \n"
+                       "host = d.example   \n"
+                       "host = e.example   \n"
+                       "host = f.example   \n", i, path_of("tokens"));
         (void)config_with(text);
         assert_int_equal(collabd_reload(s), 0);
         collabd_check(s);
@@ -1541,7 +1578,7 @@ a_unix_socket_is_made_and_taken_away(void **state)
     assert_int_equal(st.st_mode & 0777, 0600);
     p->fd = socket(AF_UNIX, SOCK_STREAM, 0);
     p->ended = p->failed = false;
-    p->at = p->len = 0;
+    p->at = p->len = p->out_at = p->out_len = 0;
     assert_int_equal(connect(p->fd, (struct sockaddr *)&at, sizeof at), 0);
     say_text(p, GET("/healthz"));
     expect_status(p, 200);
@@ -1565,19 +1602,6 @@ struct outcome {
 static char file_text[FILE_SIZE];
 static char big_text[40000];
 
-static unsigned
-port_of(int fd, int (*ask)(int, struct sockaddr *, socklen_t *))
-{
-    struct sockaddr_in at = { .sin_port = 0 };
-    socklen_t len = sizeof at;
-
-    if (fd < 0 || ask(fd, (struct sockaddr *)&at, &len) != 0)
-        return 0;
-    return ntohs(at.sin_port);
-}
-
-static unsigned failed_port; /* of the peer whose call failed; 0: none's */
-
 /* A turn, in which 10 ms pass; failures of poll are seen and lived with. */
 static int
 hard_turn(void)
@@ -1586,8 +1610,6 @@ hard_turn(void)
 
     clock_ms += 10;
     answer = turn();
-    if (failed_fd > 0 && failed_port == 0)
-        failed_port = port_of(failed_fd, getpeername);
     for (int i = 0; i < ACTORS; i++)
         hear(&peers[i]);
     return answer;
@@ -1632,7 +1654,6 @@ live(void)
 
     (void)snprintf(www, sizeof www, "%s", path_of("www"));
     (void)snprintf(config, sizeof config, "%s", path_of("config"));
-    failed_port = 0;
     o.started = try_start((const char *[]){ "--www", www, "--config", config,
                                             "--socket-buffer", "16K", NULL });
     if (!o.started)
@@ -1729,7 +1750,7 @@ fail_each(enum call call, int error, bool harmless)
         int victim = -1;
         let_fail(call, n, 1, error);
         o = live();
-        if (failed_fd == -1 && (int)calls[call] < n) {
+        if (!failed) {
             stop_all();
             assert_true(n > 1);
             return; /* a life has no more calls of this kind */
@@ -1805,7 +1826,7 @@ fail_each_file_call(enum call call, int error)
         struct outcome o;
         let_fail(call, n, 1, error);
         o = live();
-        if ((int)calls[call] < n) {
+        if (!failed) {
             stop_all();
             assert_true(n > 1);
             return;
