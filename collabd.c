@@ -967,7 +967,7 @@ cfg_parse_size(struct span text, uint64_t *out)
         }
     if (shift > 0)
         text.end--;
-    if (span_decimal(text, UINT64_MAX >> 31, out) != PARSE_OK)
+    if (span_decimal(text, (uint64_t)INT64_MAX >> shift, out) != PARSE_OK)
         return PARSE_BAD;
     *out <<= shift;
     return PARSE_OK;
@@ -3354,7 +3354,8 @@ access_is_private(const uint8_t a[16])
 static bool
 access_same_site(const uint8_t a[16], const uint8_t b[16])
 {
-    return memcmp(a, b, access_is_v4(a) ? 16 : 8) == 0;
+    return access_is_v4(a) == access_is_v4(b) &&
+           memcmp(a, b, access_is_v4(a) ? 16 : 8) == 0;
 }
 
 static bool
@@ -7000,7 +7001,6 @@ conn_awaits_close(const struct conn *c)
     switch (c->why) {
     case CLOSE_SHUTDOWN:
     case CLOSE_SLOW:
-    case CLOSE_NO_MEMORY:
     case CLOSE_UNAUTHORIZED:
     case CLOSE_FORBIDDEN:
     case CLOSE_READ_ONLY:

@@ -452,7 +452,7 @@ test('--coalesce: the first message goes at once, the next are gathered in order
 
 test('--coalesce: a quarter of the ring goes out before the time is up',
     async (t) => {
-        const window = 2000 * SLOW;
+        const window = 1000;
         const server = await startServer(t, {
             args: ['--ring', '64K', '--coalesce', String(window)] });
         const sender = await server.connect('/ws/gathered');

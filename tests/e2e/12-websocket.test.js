@@ -427,8 +427,8 @@ test('requests and frames may come byte by byte', async (t) => {
     const got = [];
     while (got.length < 5)
         got.push(await peer.next());
-    assert.deepEqual(got.map((f) => f.text),
-        ['zwei €', 'p', 'drei', 'x'.repeat(200), '']);
+    assert.deepEqual(got.filter((f) => f.opcode !== PONG).map((f) => f.text),
+        ['zwei €', 'drei', 'x'.repeat(200), '']);
 });
 
 test('many frames in one packet are all taken, in order', async (t) => {

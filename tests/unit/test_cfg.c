@@ -97,7 +97,8 @@ every_number_goes_from_its_least_to_its_most(void **state)
             int64_t beyond = most ? at + 1 : at - 1;
             (void)snprintf(text, sizeof text, octal ? "%" PRIo64 : "%" PRId64,
                            at);
-            assert_true(set_to(typed, text));
+            if (!set_to(typed, text))
+                fail_msg("%s did not take %s", typed, text);
             assert_true(number(&c, set) == (uint64_t)at);
             before = number(&c, set);
             (void)snprintf(text, sizeof text, octal ? "%" PRIo64 : "%" PRId64,
@@ -155,11 +156,12 @@ sizes_take_k_m_and_g(void **state)
         { "0", 0 },          { "1", 1 },         { "1k", 1024 },
         { "1K", 1024 },      { "3M", 3 << 20 },  { "2g", UINT64_C(2) << 30 },
         { "0G", 0 },         { "0010", 10 },
+        { "8589934592", UINT64_C(8589934592) },
         { "8589934591G", UINT64_C(8589934591) << 30 },
     };
     static const char *const bad[] = { "", "K", "k", "1KK", "1T", "K1", "1 K",
-                                       "1.5K", "-1K", "8589934592",
-                                       "8589934592G" };
+                                       "1.5K", "-1K", "8589934592G",
+                                       "9223372036854775808" };
     uint64_t n;
 
     (void)state;
