@@ -6623,6 +6623,8 @@ conn_judge_origin(struct collabd *s, struct conn *c, const struct http *h)
     char why[300];
     struct span origin = h->origin;
 
+    if (s->cfg->origin.count > 0) /* for caches: others get other fields */
+        (void)snprintf(s->cors, sizeof s->cors, "Vary: Origin\r\n");
     switch (access_origin(s->cfg, h)) {
     case ORIGIN_NONE:
     case ORIGIN_SAME:
@@ -8115,7 +8117,8 @@ start_listeners(struct collabd *s, const struct cfg *c)
 static void
 start_notify(struct collabd *s)
 {
-    const char *path = getenv("NOTIFY_SOCKET"), *usec = getenv("WATCHDOG_USEC");
+    const char *path = getenv("NOTIFY_SOCKET"), *usec = getenv("WATCHDOG_USEC"),
+               *pid = getenv("WATCHDOG_PID");
     struct sockaddr_un at = { .sun_family = AF_UNIX };
     uint64_t n;
     size_t len;
@@ -8137,10 +8140,15 @@ start_notify(struct collabd *s)
         (void)sys.close(s->notify_fd);
         s->notify_fd = -1;
     }
+    if (pid != NULL && (span_decimal(span_text(pid), INT32_MAX, &n) != PARSE_OK ||
+                        n != (uint64_t)getpid()))
+        usec = NULL; /* it is meant for another process */
     if (usec != NULL &&
         span_decimal(span_text(usec), UINT64_C(1) << 40, &n) == PARSE_OK &&
         n >= 2000)
         s->watchdog_ms = (int64_t)n / 2000;
+    if (s->watchdog_ms > 0)
+        loop_due(s, now_ms);
 }
 
 /* Gives up root and the view of the whole machine. */
