@@ -211,9 +211,8 @@ block('sh tokens', async (t, text) => {
     const [make, start, ask, ...rest] = commands(text);
     assert.equal(rest.length, 0);
     const made = await works(make, dir);
-    const token = made.match(/^token.*: +(\S+)$/m)[1];
-    const line = made.match(/^line.*: +(.*)$/m)[1];
-    writeFileSync(path.join(dir, 'tokens'), `${line}\n`);
+    const token = made.match(/token: (\S+)$/m)[1];
+    const line = readFileSync(path.join(dir, 'tokens'), 'utf8').trim();
     const server = await serve(t, start, dir);
     await works(`${at(ask, server.port)} -sSf`, dir, { TOKEN: token });
 
