@@ -20,11 +20,11 @@ PKG_CONFIG ?= $(CROSS_COMPILE)pkg-config
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
            -Werror=switch -Werror=implicit-function-declaration
 OURS     = -std=c11 $(WARN) -ffunction-sections -fdata-sections \
-           -fno-asynchronous-unwind-tables -fno-unwind-tables
+           -fno-asynchronous-unwind-tables -fno-unwind-tables -fno-plt
 CFLAGS   = -O2
 CPPFLAGS =
 LDFLAGS  =
-OUR_LD   = -Wl,--gc-sections -Wl,-z,noseparate-code -Wl,-z,relro
+OUR_LD   = -Wl,--gc-sections -Wl,-z,noseparate-code -Wl,-z,relro,-z,now -Wl,--build-id=none
 
 # The .pc files are absent with Debian's wslay and mbedTLS 2.28.
 pc = $(shell $(PKG_CONFIG) $(1) 2>/dev/null || echo $(2))

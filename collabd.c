@@ -119,7 +119,6 @@
 #endif
 
 #include <arpa/inet.h>
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -663,6 +662,20 @@ log_say(enum log_level level, const char *format, ...)
         return; /* nobody can be told */
 }
 
+/* An assertion that is never compiled out and says only where it stands: the
+ * texts and function names that assert() keeps would be a twentieth of the
+ * executable. */
+#define must(fact) ((fact) ? (void)0 : sys_broken(__LINE__))
+
+static void __attribute__((noreturn, cold))
+sys_broken(int line)
+{
+    log_say(LOG_LEVEL_ERROR,
+            "collabd.c line %d, version %s: an invariant is broken; please "
+            "report this", line, COLLABD_VERSION);
+    abort();
+}
+
 /* A quota of lines a second, so that a flood of peers is not a flood of lines.
  * What was held back is said with the next line that gets through. */
 struct log_quota {
@@ -775,7 +788,7 @@ sys_hash(mbedtls_md_type_t type, struct span of, uint8_t *out)
                      ? -1
                      : mbedtls_md(info, of.at, span_len(of), out);
 
-    assert(failed == 0);
+    must(failed == 0);
     (void)failed;
 }
 
@@ -877,13 +890,16 @@ enum cfg_kind {
 };
 enum cfg_when { CFG_START, CFG_LIVE };
 
+/* Short texts stand in the table itself: a pointer and its relocation would
+ * take four times their place. */
 static const struct cfg_setting {
-    const char *name; /* with underscores */
+    char name[16]; /* with underscores */
     enum cfg_kind kind;
     enum cfg_when when;
     size_t field;
     int64_t least, most;
-    const char *def, *value, *help;
+    char def[8], value[8];
+    const char *help;
 } cfg_settings[] = {
 #define X(kind, name, def, least, most, when, value, help)               \
     { #name, CFG_##kind, CFG_##when, offsetof(struct cfg, name), least, most, \
@@ -1541,7 +1557,7 @@ ring_fits(const struct ring *r, uint64_t n)
 static void
 ring_drop(struct ring *r)
 {
-    assert(r->tail < r->head);
+    must(r->tail < r->head);
     r->tail++;
     r->tail_at = r->tail == r->head ? r->head_at : ring_entry(r, r->tail)->at;
 }
@@ -1552,7 +1568,7 @@ ring_copy_in(struct ring *r, const void *from, size_t len)
     size_t at = (size_t)(r->head_at & (r->size - 1));
     size_t first = len < r->size - at ? len : (size_t)r->size - at;
 
-    assert(r->head_at - r->tail_at + len <= r->size);
+    must(r->head_at - r->tail_at + len <= r->size);
     memcpy(r->bytes + at, from, first);
     if (first < len)
         memcpy(r->bytes, (const uint8_t *)from + first, len - first);
@@ -1566,7 +1582,7 @@ ring_new(struct ring *r, uint32_t len, struct conn_id from)
 {
     struct entry *e = ring_entry(r, r->head);
 
-    assert(r->head - r->tail < r->size / RING_CHARGE);
+    must(r->head - r->tail < r->size / RING_CHARGE);
     *e = (struct entry){ .pos = r->pos, .at = r->head_at, .len = len,
                          .block = NONE32, .from = from, .kind = RING_BYTES };
     r->head++;
@@ -1581,7 +1597,7 @@ ring_peek(const struct ring *r, uint64_t at, uint64_t n, struct iovec out[2])
     size_t off = (size_t)(at & (r->size - 1));
     size_t first = n < r->size - off ? (size_t)n : (size_t)r->size - off;
 
-    assert(at >= r->tail_at && at + n <= r->head_at);
+    must(at >= r->tail_at && at + n <= r->head_at);
     if (n == 0)
         return 0;
     out[0] = (struct iovec){ r->bytes + off, first };
@@ -1617,18 +1633,18 @@ ring_check(const struct ring *r)
 {
     uint64_t pos, at;
 
-    assert((r->size & (r->size - 1)) == 0);
-    assert(r->tail <= r->head && r->head - r->tail <= r->size / RING_CHARGE);
-    assert(r->tail_at <= r->head_at && r->head_at - r->tail_at <= r->size);
+    must((r->size & (r->size - 1)) == 0);
+    must(r->tail <= r->head && r->head - r->tail <= r->size / RING_CHARGE);
+    must(r->tail_at <= r->head_at && r->head_at - r->tail_at <= r->size);
     pos = ring_pos(r, r->tail);
     at = r->tail_at;
     for (uint64_t i = r->tail; i < r->head; i++) {
         const struct entry *e = ring_entry(r, i);
-        assert(e->pos == pos && e->at == at);
+        must(e->pos == pos && e->at == at);
         pos += ring_charge(e->len);
         at += e->kind == RING_BYTES ? e->len : 0;
     }
-    assert(pos == r->pos && at == r->head_at);
+    must(pos == r->pos && at == r->head_at);
 }
 /* ===== 6  Tables ============================================================
  * Every struct of the program, its invariants, and where it lives.
@@ -1668,9 +1684,9 @@ enum close_reason {
 };
 
 static const struct {
-    const char *name;
+    char name[14];
     uint16_t code;
-    const char *text;
+    char text[40];
 } close_reasons[] = {
 #define X(name, code, text) { #name, code, text },
     CLOSE_REASONS(X)
@@ -2012,7 +2028,7 @@ struct collabd {
 static struct conn *
 conn_at(struct collabd *s, uint16_t slot)
 {
-    assert(slot < s->conns_fresh);
+    must(slot < s->conns_fresh);
     return &s->conns[slot];
 }
 
@@ -2043,8 +2059,8 @@ conn_new(struct collabd *s)
 static void
 conn_free(struct collabd *s, struct conn *c)
 {
-    assert(c->receiver == NONE && c->request == NONE && c->in.room == NONE);
-    assert(c->tls == NONE && c->message.first == NONE32 && !c->flushing);
+    must(c->receiver == NONE && c->request == NONE && c->in.room == NONE);
+    must(c->tls == NONE && c->message.first == NONE32 && !c->flushing);
     c->state = CONN_FREE;
     c->id.gen++;
     c->next = s->conns_free;
@@ -2092,7 +2108,7 @@ request_new(struct collabd *s, struct conn *c)
 {
     struct request *q;
 
-    assert(c->request == NONE);
+    must(c->request == NONE);
     if (s->requests_free != NONE) {
         q = &s->requests[s->requests_free];
         s->requests_free = q->next;
@@ -2250,7 +2266,7 @@ memory_take(struct collabd *s, const struct cfg *c)
     at += memory_align((count) * (each));
     MEMORY_TABLE(X)
 #undef X
-    assert(at <= s->slab + size);
+    must(at <= s->slab + size);
     s->slab_size = size;
     s->conns_max = (unsigned)c->max_clients;
     s->rooms_max = (unsigned)c->max_rooms;
@@ -2757,7 +2773,7 @@ http_accept(struct span key, struct out *o)
     static const char constant[] = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
     uint8_t text[24 + sizeof constant - 1], hash[20];
 
-    assert(span_len(key) == 24);
+    must(span_len(key) == 24);
     memcpy(text, key.at, 24);
     memcpy(text + 24, constant, sizeof constant - 1);
     sys_hash(MBEDTLS_MD_SHA1, span_of(text, sizeof text), hash);
@@ -2947,7 +2963,7 @@ receiver_borrow(struct collabd *s, struct conn *c)
 {
     struct receiver *r;
 
-    assert(c->receiver == NONE);
+    must(c->receiver == NONE);
     if (s->receivers_free == NONE)
         return NULL;
     r = &s->receivers[s->receivers_free];
@@ -3631,7 +3647,7 @@ room_close(struct collabd *s, struct room *room)
 {
     uint16_t *link = room_bucket(s, room_name(room));
 
-    assert(room->count == 0);
+    must(room->count == 0);
     if (room->dirty) { /* it was still gathering for members that left */
         uint16_t *dirty = &s->dirty_first;
         while (*dirty != room_slot(s, room))
@@ -3712,7 +3728,7 @@ static void
 room_join(struct collabd *s, struct room *room, struct conn *c, bool echo,
           uint64_t history)
 {
-    assert(c->in.room == NONE);
+    must(c->in.room == NONE);
     if (room->count == 0)
         room_empty_remove(s, room);
     c->in = (struct member){ .entry = room_history(room, history),
@@ -3737,7 +3753,7 @@ room_pass(struct collabd *s, struct room *room, struct conn *c,
     if (room_is_own(e, c)) {
         c->in.own -= ring_charge(e->len);
     } else if (e->kind == RING_BLOCK && e->block != NONE32) {
-        assert(e->refs > 0);
+        must(e->refs > 0);
         if (--e->refs == 0)
             room_forget_block(s, room, e);
     }
@@ -3978,7 +3994,7 @@ room_gather(struct collabd *s, struct conn *c, bool one_frame,
     uint32_t off = c->in.off;
     int n = 0;
 
-    assert(!c->in.overtaken);
+    must(!c->in.overtaken);
     room_skip_own(s, room, c);
     if (c->in.entry == r->head)
         return 0;
@@ -4038,7 +4054,7 @@ room_advance(struct collabd *s, struct conn *c, uint64_t taken)
         room_pass(s, room, c, e);
         c->in.entry++;
     }
-    assert(taken == 0);
+    must(taken == 0);
 }
 
 /* May this laggard slow its room?  Only while it moves, and not for long. */
@@ -4099,25 +4115,25 @@ room_check(const struct collabd *s, const struct room *room)
         if (e->kind != RING_BLOCK || e->block == NONE32)
             continue;
         blocks += e->len;
-        assert(e->refs > 0 && i < room->blocks_until);
+        must(e->refs > 0 && i < room->blocks_until);
     }
-    assert(blocks == room->block_bytes && blocks <= s->block_budget);
+    must(blocks == room->block_bytes && blocks <= s->block_budget);
     for (uint16_t m = room->first; m != NONE; prev = m,
                   m = s->conns[m].in.next, members++) {
         const struct conn *c = &s->conns[m];
         uint64_t own = 0;
-        assert(c->in.prev == prev && c->in.room == room_slot(s, room));
-        assert(c->state == CONN_OPEN || c->state == CONN_CLOSING);
+        must(c->in.prev == prev && c->in.room == room_slot(s, room));
+        must(c->state == CONN_OPEN || c->state == CONN_CLOSING);
         if (c->in.overtaken || c->in.entry < room->ring.tail)
             continue;
-        assert(c->in.entry >= room->slowest);
+        must(c->in.entry >= room->slowest);
         for (uint64_t i = c->in.entry; i < room->ring.head; i++)
             if (room_is_own(ring_entry(&room->ring, i), c))
                 own += ring_charge(ring_entry(&room->ring, i)->len);
-        assert(own == c->in.own);
-        assert(c->in.entry < room->ring.head || c->in.off == 0);
+        must(own == c->in.own);
+        must(c->in.entry < room->ring.head || c->in.off == 0);
     }
-    assert(members == room->count);
+    must(members == room->count);
 }
 /* ===== 12  Transport ========================================================
  * Plain sockets and TLS behind one pair of calls, net_recv and net_send: they
@@ -4521,7 +4537,7 @@ tls_is_over(mbedtls_ssl_context *ssl)
 static void
 tls_config_unref(struct tls_config *t)
 {
-    assert(t->refs > 0);
+    must(t->refs > 0);
     if (--t->refs > 0)
         return;
     mbedtls_ssl_config_free(&t->conf);
@@ -5019,7 +5035,7 @@ cert_day(struct cert *c, const mbedtls_x509_time *t)
 static void
 cert_der(struct out *o, uint8_t tag, const void *value, size_t len)
 {
-    assert(len <= 0xffff);
+    must(len <= 0xffff);
     out_u8(o, tag);
     if (len > 0xff) {
         out_u8(o, 0x82);
@@ -5039,7 +5055,7 @@ cert_subtree(struct out *o, uint8_t tag, const void *value, size_t len)
     struct out n = out_over(name, sizeof name);
 
     cert_der(&n, tag, value, len);
-    assert(!n.full);
+    must(!n.full);
     cert_der(o, 0x30, name, (size_t)(n.at - name));
 }
 
@@ -5087,7 +5103,7 @@ cert_constraints(struct out *o, char names[3][72])
         cert_subtree(&t, CERT_IP, both, 2 * (size_t)cert_ranges[i].size);
     }
     cert_der(&p, 0xa0, trees, (size_t)(t.at - trees));
-    assert(!t.full && !p.full);
+    must(!t.full && !p.full);
     cert_der(o, 0x30, permitted, (size_t)(p.at - permitted));
 }
 
@@ -5479,7 +5495,7 @@ cert_extend(struct cert *c, mbedtls_x509write_cert *w, bool is_ca)
         cert_constraints(&o, c->names);
     else
         cert_der(&o, 0x30, c->san_bytes, (size_t)(c->san.at - c->san_bytes));
-    assert(!o.full);
+    must(!o.full);
 
     const struct {
         char id; /* of 2.5.29 */
@@ -5714,7 +5730,7 @@ struct file {
 static const char *
 file_type(const char *name)
 {
-    static const char *const types[][2] = {
+    static const char types[][2][32] = {
         { "html", "text/html; charset=utf-8" },
         { "htm", "text/html; charset=utf-8" },
         { "js", "text/javascript; charset=utf-8" },
@@ -6277,7 +6293,7 @@ conn_reply(struct collabd *s, struct conn *c, const struct reply *r)
     s->cors[0] = '\0'; /* they were this reply's */
     if (!r->head_only)
         out_span(&o, r->body);
-    assert(!o.full);
+    must(!o.full);
     q->reply_at = 0;
     q->reply_end = (uint32_t)(o.at - q->reply);
     c->state = CONN_REPLY;
@@ -7353,7 +7369,7 @@ conn_refuse_early(struct collabd *s, struct conn *c)
 static void
 conn_end(struct collabd *s, struct conn *c)
 {
-    assert(c->state == CONN_GONE);
+    must(c->state == CONN_GONE);
     conn_release(s, c);
     request_free(s, c);
     room_leave(s, c);
@@ -8425,21 +8441,21 @@ collabd_stats(const struct collabd *s, struct collabd_stats *out)
 static void
 check_conn(const struct collabd *s, const struct conn *c)
 {
-    assert(c->poll != NONE && s->poll_conn[c->poll] == c->id.slot);
-    assert(s->poll[c->poll].fd == c->fd);
-    assert(c->control_at <= c->control_end &&
+    must(c->poll != NONE && s->poll_conn[c->poll] == c->id.slot);
+    must(s->poll[c->poll].fd == c->fd);
+    must(c->control_at <= c->control_end &&
            c->control_end <= sizeof c->control);
     if (c->in.room != NONE)
-        assert(c->state == CONN_OPEN || c->state == CONN_CLOSING);
+        must(c->state == CONN_OPEN || c->state == CONN_CLOSING);
     if (c->receiver != NONE) {
         const struct receiver *r = &s->receivers[c->receiver];
-        assert(r->conn == c->id.slot && c->spoke_ws);
-        assert(r->fed >= r->used);
+        must(r->conn == c->id.slot && c->spoke_ws);
+        must(r->fed >= r->used);
     }
     if (c->request != NONE) {
         const struct request *q = &s->requests[c->request];
-        assert(q->conn == c->id.slot);
-        assert(q->head_len <= sizeof q->head && q->reply_at <= q->reply_end);
+        must(q->conn == c->id.slot);
+        must(q->head_len <= sizeof q->head && q->reply_at <= q->reply_end);
     }
 }
 
@@ -8451,7 +8467,7 @@ collabd_check(const struct collabd *s)
 
     for (unsigned i = 0; i < s->conns_fresh; i++) {
         const struct conn *c = &s->conns[i];
-        assert(c->id.slot == i);
+        must(c->id.slot == i);
         if (c->state == CONN_FREE)
             continue;
         check_conn(s, c);
@@ -8463,18 +8479,18 @@ collabd_check(const struct collabd *s)
              k = s->chunks.next[k])
             chunks++;
     }
-    assert(conns == s->conns_used && more == s->more);
-    assert(conns + s->listener_count == s->poll_used);
-    assert(receivers == s->receivers_used && requests == s->requests_used);
+    must(conns == s->conns_used && more == s->more);
+    must(conns + s->listener_count == s->poll_used);
+    must(receivers == s->receivers_used && requests == s->requests_used);
     for (uint16_t i = s->conns_free; i != NONE; i = s->conns[i].next)
         conns++;
-    assert(conns == s->conns_fresh);
+    must(conns == s->conns_fresh);
     for (uint16_t i = s->receivers_free; i != NONE; i = s->receivers[i].next)
         receivers++;
-    assert(receivers == s->receivers_max);
+    must(receivers == s->receivers_max);
     for (uint16_t i = s->requests_free; i != NONE; i = s->requests[i].next)
         requests++;
-    assert(requests == s->requests_fresh);
+    must(requests == s->requests_fresh);
     for (unsigned i = 0; i < s->rooms_fresh; i++) {
         const struct room *room = &s->rooms[i];
         if (!room->used)
@@ -8486,11 +8502,11 @@ collabd_check(const struct collabd *s)
                  k = s->chunks.next[k])
                 chunks++;
     }
-    assert(rooms == s->rooms_used);
-    assert(chunks == s->chunks.used);
+    must(rooms == s->rooms_used);
+    must(chunks == s->chunks.used);
     for (uint32_t k = s->chunks.free; k != NONE32; k = s->chunks.next[k])
         chunks++;
-    assert(chunks == s->chunks.fresh);
+    must(chunks == s->chunks.fresh);
 }
 
 /* ----- main -------------------------------------------------------------------------- */
