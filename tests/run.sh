@@ -35,10 +35,10 @@ node_tests() {
 
 stage build make all
 stage lint make lint
-stage unit make unit
-stage unit-clang make unit CC=clang BUILD=build/clang
-stage valgrind make valgrind
-stage fuzz make fuzz FUZZ_SECONDS="${FUZZ_SECONDS:-10}"
+stage unit make -j2 unit
+stage unit-clang make -j2 unit CC=clang BUILD=build/clang
+stage valgrind make -j2 valgrind
+stage fuzz make -j2 fuzz FUZZ_SECONDS="${FUZZ_SECONDS:-10}"
 stage e2e node_tests e2e/
 # The same once more against the sanitizers' build; the storm is shorter.
 stage asan make asan

@@ -334,7 +334,7 @@ say(int client, const void *bytes, size_t len)
     if (current[client] < 0)
         return;
     p = &peers[current[client]];
-    if (p->ended || p->reset || p->in_len + len > 1 << 20)
+    if (p->ended || p->reset || p->in_len + len > 1 << 18)
         return;
     p->in = realloc(p->in, p->in_len + len + 1);
     memcpy(p->in + p->in_len, bytes, len);
