@@ -8207,6 +8207,7 @@ start(struct collabd *s)
     struct cfg *c = s->cfg;
 
     (void)gethostname(s->hostname, sizeof s->hostname - 1);
+    tzset(); /* libc reads its time zone, and allocates for it, now */
     start_folders(s, c);
     if (!start_descriptors(c) || !start_memory(s, c) || !start_receivers(s) ||
         !start_files(s, c) || !start_listeners(s, c))

@@ -236,6 +236,22 @@ history_does_not_reach_behind_a_block(void **state)
 }
 
 static void
+a_newcomer_may_be_further_back_than_all_others(void **state)
+{
+    struct conn *a = join("r", false, 0), *b = join("r", false, 0), *c;
+
+    (void)state;
+    for (unsigned i = 0; i < 200; i++) {
+        publish(a, 1000, i);
+        (void)take_all(a);
+        (void)take_all(b);
+        c = join("r", false, 9); /* room_check: a bound of all cursors */
+        assert_int_equal(take_all(c), 1004 * (i < 8 ? i + 1 : 9));
+        leave(c);
+    }
+}
+
+static void
 history_survives_an_empty_room(void **state)
 {
     struct conn *a = join("r", false, 0), *b;
@@ -978,6 +994,7 @@ main(void)
         fact(a_newcomer_gets_nothing_old_unless_it_asks),
         fact(history_is_a_quarter_ring_at_most),
         fact(history_does_not_reach_behind_a_block),
+        fact(a_newcomer_may_be_further_back_than_all_others),
         fact(history_survives_an_empty_room),
         fact(an_old_namesake_does_not_disturb_a_newcomer),
         fact(one_room_too_many_is_none_while_all_have_members),
