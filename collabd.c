@@ -1672,7 +1672,7 @@ ring_check(const struct ring *r)
     X(FORBIDDEN,  4403, "the token does not allow this") \
     X(READ_ONLY,  4403, "read only") \
     X(SILENT,     0,    "sent nothing for too long") \
-    X(TIMEOUT,    0,    "did not finish in time") \
+    X(TIMEOUT,    1008, "did not finish in time") \
     X(TLS,        0,    "TLS failed")
 /* clang-format on */
 
@@ -1860,6 +1860,7 @@ struct conn {
     struct assembly message;
     int64_t deadline;  /* ms, what it means depends on the state */
     int64_t heard_ms;  /* last byte from the peer */
+    int64_t begun_ms;  /* when the message at hand began; 0: none is */
     int64_t credit_ms; /* when the credits were last raised */
     int64_t credit_messages, credit_bytes; /* in thousandths; below 0: debt */
     uint8_t peer[16];  /* IPv6, or IPv4 mapped; all zero: a unix socket */
@@ -5968,6 +5969,7 @@ file_find(int www, const struct http *h)
 #define CONN_READS 16          /* of a receive buffer each, a turn */
 #define CONN_SPANS 64          /* of one sendmsg */
 #define CONN_SEND_MAX 262144   /* bytes to one client a turn */
+#define CONN_MESSAGE_MS 60000  /* for a message, and 1 ms more for each byte */
 #define CONN_STALL_MS 2000     /* a holder silent for so long may be evicted */
 
 static void
@@ -6925,6 +6927,7 @@ conn_take_piece(struct collabd *s, struct conn *c, const struct ws_piece *p)
         room_publish_assembly(s, c, p->opcode, &c->message);
     }
     c->message.len = 0;
+    c->begun_ms = 0;
     conn_charge(s, c, 1, len);
     return true;
 }
@@ -6943,12 +6946,15 @@ conn_take(struct collabd *s, struct conn *c, const struct ws_piece *p)
     switch (p->kind) {
     case WS_NOTHING:
     case WS_PART:
-    case WS_PONG:
         return true;
     case WS_DATA:
         return conn_take_piece(s, c, p);
     case WS_PING:
-        conn_control(s, c, WSLAY_PONG, p->data);
+    case WS_PONG:
+        if (p->kind == WS_PING)
+            conn_control(s, c, WSLAY_PONG, p->data);
+        if (c->message.opcode == 0)
+            c->begun_ms = 0;
         return true;
     case WS_CLOSE:
         conn_take_close(s, c, p);
@@ -7009,6 +7015,8 @@ conn_read_frames(struct collabd *s, struct conn *c)
             request_free(s, c);
         if (receiver_is_idle(r))
             receiver_return(s, c, conn_feed);
+        if (c->begun_ms == 0 && (c->receiver != NONE || c->message.opcode != 0))
+            c->begun_ms = now_ms;
     }
 }
 
@@ -7421,8 +7429,15 @@ conn_solvent_at(const struct collabd *s, const struct conn *c)
 static void
 conn_expire_open(struct collabd *s, struct conn *c)
 {
-    if (!conn_may_read(s, c))
-        conn_heard(c); /* deadlines stand still for whom we do not read */
+    if (!conn_may_read(s, c)) { /* deadlines stand still for it */
+        conn_heard(c);
+        c->begun_ms = c->begun_ms == 0 ? 0 : now_ms;
+    }
+    if (c->begun_ms > 0 && now_ms - c->begun_ms >
+                               CONN_MESSAGE_MS + (int64_t)c->message.len) {
+        conn_close(s, c, CLOSE_TIMEOUT);
+        return;
+    }
     if (conn_next_ping(s, c) <= now_ms && c->pinged) {
         conn_close(s, c, CLOSE_SILENT);
         return;

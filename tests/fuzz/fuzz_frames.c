@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT */
 /* A whole server whose sockets and clock are made up.  The input is a list of
  * things that happen; collabd_check runs after every turn.  Besides, whatever
  * the peers do:
@@ -11,8 +12,6 @@
  *                  of small pools
  *   then           one byte per event: xxxyyzzz, z the event, y the client, x
  *                  its parameter; some events have bytes of their own
- *
- * SPDX-License-Identifier: MIT
  */
 #include "fuzz.h"
 

@@ -909,9 +909,49 @@ any_byte_is_a_sign_of_life(void **state)
     start_plain();
     a = join(0);
     say(a, "\x82\xfe\x40\x00\0\0\0\0", 8);
-    for (int i = 0; i < 20; i++) {
-        pass(10000);
+    for (int i = 0; i < 11; i++) { /* 55 s, and --dead-after is 50 */
+        pass(5000);
         say(a, "x", 1);
+        turns(1);
+    }
+    expect_nothing(a);
+    assert_int_equal(clients_now(), 1);
+}
+
+/* Signs of life are not enough: whoever never finishes holds memory. */
+static void
+a_message_that_trickles_for_ever_ends_by_its_deadline(void **state)
+{
+    struct peer *a;
+
+    (void)state;
+    start_plain();
+    a = join(0);
+    say(a, "\x82\xfe\x40\x00\0\0\0\0", 8);
+    for (int i = 0; i < 19; i++) {
+        pass(5000);
+        say(a, "x", 1);
+        turns(1);
+    }
+    turns(3);
+    expect_close(a, 1008);
+    assert_int_equal(s->chunks.used, 0);
+    assert_int_equal(s->receivers_used, 0);
+}
+
+/* Many whole messages, each cut anywhere, are no message without end. */
+static void
+a_stream_that_is_never_between_messages_may_go_on(void **state)
+{
+    struct peer *a;
+
+    (void)state;
+    start_plain();
+    a = join(0);
+    say(a, "\x82\x81\0\0\0\0", 6); /* all but its only byte */
+    for (int i = 0; i < 30; i++) {
+        pass(5000);
+        say(a, "x\x82\x81\0\0\0\0", 7);
         turns(1);
     }
     expect_nothing(a);
@@ -1956,6 +1996,8 @@ main(void)
         fact(who_waits_too_long_for_a_request_buffer_gets_503),
         fact(a_silent_client_is_pinged_and_then_dropped),
         fact(any_byte_is_a_sign_of_life),
+        fact(a_message_that_trickles_for_ever_ends_by_its_deadline),
+        fact(a_stream_that_is_never_between_messages_may_go_on),
         fact(without_clients_it_sleeps_for_ever),
         fact(who_is_over_its_rate_waits_and_is_read_later),
         fact(a_drain_says_1001_to_all_and_is_over_when_they_are_gone),
