@@ -1347,9 +1347,10 @@ cfg_flags(struct cfg *c, int argc, char *const argv[], enum cfg_action *action,
 static bool
 cfg_settle(struct cfg *c)
 {
-    if (c->listen.count == 0 && c->tls_listen.count == 0)
-        (void)cfg_set(c, cfg_find(span_text("listen")), span_text("8080"),
-                      "default");
+    if (c->listen.count == 0 && c->tls_listen.count == 0 &&
+        !cfg_set(c, cfg_find(span_text("listen")), span_text("8080"),
+                     "default"))
+        return false;
     if (c->message_memory == 0)
         c->message_memory = 8 * c->max_message;
     if (c->listen.count + c->tls_listen.count > COLLABD_LISTENERS) {
@@ -7255,8 +7256,11 @@ conn_flush_open(struct collabd *s, struct conn *c)
         return false;
     if (q != NULL && q->head_len == 0)
         request_free(s, c);
+    /* the frame that is begun; before a Close all messages, unless a control
+     * frame is begun */
     if (c->in.room != NONE && !c->in.overtaken &&
-        (c->in.off > 0 || c->state == CONN_CLOSING) &&
+        (c->in.off > 0 ||
+         (c->state == CONN_CLOSING && c->control_at == 0)) &&
         !conn_flush_room(s, c, c->state != CONN_CLOSING))
         return false;
     if (!conn_push_control(s, c)) {

@@ -5,7 +5,8 @@
  *   - each gets responses, then frames, as the RFCs say, and nothing behind a
  *     Close;
  *   - when nothing happens the server sleeps;
- *   - when all peers read, all of them get everything;
+ *   - when all peers read, all of them get everything, and what they sent is
+ *     read;
  *   - at the end everything is given back.
  *
  *   first byte     settings: 1 coalesce, 2 rates, 4 max-per-ip, 8 a long ring
@@ -311,6 +312,22 @@ fake_close(int fd)
 static struct collabd *s;
 static bool over; /* collabd_step has said so */
 
+/* Lists that live only within a turn, or over turns with --coalesce. */
+static void
+check_lists(void)
+{
+    unsigned dirty = 0;
+
+    assert(s->flush_first == NONE || over);
+    for (uint16_t i = s->dirty_first; i != NONE; i = s->rooms[i].dirty_next) {
+        assert(s->rooms[i].used && s->rooms[i].dirty);
+        assert(++dirty <= s->rooms_fresh);
+    }
+    for (unsigned i = 0; i < s->rooms_fresh; i++)
+        dirty -= s->rooms[i].used && s->rooms[i].dirty;
+    assert(dirty == 0);
+}
+
 static void
 turn(int64_t ms)
 {
@@ -323,6 +340,7 @@ turn(int64_t ms)
     assert(answer == 0 || (answer == 1 && s->stopping));
     over = answer == 1;
     collabd_check(s);
+    check_lists();
 }
 
 static void
@@ -490,10 +508,14 @@ check_delivery(void)
 {
     for (unsigned i = 0; i < s->conns_fresh; i++) {
         const struct conn *c = &s->conns[i];
+        const struct peer *p;
         if (c->state != CONN_OPEN || c->in.room == NONE)
             continue;
+        p = peer_of(c->fd);
         assert(!c->blocked);
         assert(room_lag(&s->rooms[c->in.room], c) == 0);
+        if (!c->starved && !conn_is_in_debt(c))
+            assert(p->in_at == p->in_len);
     }
 }
 
@@ -505,8 +527,10 @@ finish(void)
     for (unsigned i = 0; i < peers_used; i++)
         peers[i].window = SIZE_MAX / 2;
     let_it_settle();
-    turn(60); /* what was gathered is due */
-    let_it_settle();
+    for (int i = 0; i < 5; i++) { /* what was gathered, or held, is due */
+        turn(100);
+        let_it_settle();
+    }
     if (!s->stopping)
         check_delivery();
     collabd_stop(s);

@@ -251,6 +251,10 @@ put('frames', {
   'reload': list(0, ...join2, fail(3), turn, small(0, 1), turn),
   'stop': list(0, ...join2, small(0, 3), fail(4), turn, frame(0, 0x88, 0), turn, time(5)),
   'stop-unread': list(0, ...join2, window(1, 0), small(0, 3), turn, fail(4), turn, time(4), turn),
+  'stop-without-receivers': list(8, ...join2, raw(0, '\x82\x85\0\0\0\0ab'), turn, fail(4), turn,
+    raw(1, 'x'), turn),
+  'stop-in-debt': list(2, ...join2, small(0, 5), turn, fail(4), turn, small(0, 1), turn),
+  'burst': list(0, ...join2, ...times(3, small(0, 7)), small(1, 6), turn, turn, small(0, 7), turn),
   'stop-in-frame': list(0, ...join2, raw(0, '\x82\x85\0\0\0\0ab'), turn, fail(4), turn,
     raw(0, 'cde'), turn, raw(0, '\x88\x80\0\0\0\0'), turn)
 })

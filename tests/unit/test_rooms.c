@@ -374,19 +374,24 @@ names_that_share_a_bucket_are_told_apart(void **state)
         found += (room_hash(span_text(name[found])) & (s->bucket_count - 1)) ==
                  0;
     }
-    for (int round = 0; round < 3; round++) {
+    for (int round = 0; round < 50; round++) {
         struct conn *c[3];
+        int gone = (int)test_random(3), first = (int)test_random(2);
         for (int i = 0; i < 3; i++)
             c[i] = join(name[i], false, 0);
         for (int i = 0; i < 3; i++)
             assert_ptr_equal(room_open(s, span_text(name[i])), room_of(c[i]));
         assert_ptr_not_equal(room_of(c[0]), room_of(c[1]));
         assert_ptr_not_equal(room_of(c[1]), room_of(c[2]));
-        leave(c[round]);
-        assert_non_null(c[round] = join("other", false, 0));
-        leave(c[round]);
-        leave(c[(round + 1) % 3]);
-        leave(c[(round + 2) % 3]);
+        leave(c[gone]);
+        c[gone] = join("other", false, 0);
+        assert_non_null(c[gone]);
+        for (int i = 0; i < 3; i++)
+            if (i != gone)
+                assert_ptr_equal(room_open(s, span_text(name[i])),
+                                 room_of(c[i]));
+        for (int i = 0; i < 3; i++)
+            leave(c[(gone + (first + 1) * i) % 3]);
     }
 }
 

@@ -87,10 +87,23 @@ failing_recv(int fd, void *to, size_t len, int flags)
     return fails(CALL_RECV, fd) ? -1 : recv(fd, to, len, flags);
 }
 
+/* So many bytes the sockets take, all together, then none. */
+static size_t room_to_send = SIZE_MAX;
+
 static ssize_t
 failing_send(int fd, const void *from, size_t len, int flags)
 {
-    return fails(CALL_SEND, fd) ? -1 : send(fd, from, len, flags);
+    if (fails(CALL_SEND, fd))
+        return -1;
+    if (room_to_send < SIZE_MAX) {
+        len = len < room_to_send ? len : room_to_send;
+        room_to_send -= len;
+        if (len == 0) {
+            errno = EAGAIN;
+            return -1;
+        }
+    }
+    return send(fd, from, len, flags);
 }
 
 static ssize_t
@@ -706,6 +719,36 @@ each_offence_is_closed_with_its_code_and_hurts_nobody(void **state)
         say_frame(b, 0x81, "still here", 10);
         turns(3);
         expect_frame(c, 0x81, "still here");
+    }
+}
+
+static void
+nothing_comes_between_the_parts_of_a_close(void **state)
+{
+    struct peer *a, *b;
+
+    (void)state;
+    start_plain();
+    for (size_t sent = 0; sent < 34; sent++) {
+        a = join(0);
+        b = join(1);
+        room_to_send = sent;
+        say(b, "\x81\x01x", 3);
+        turns(2);
+        say_frame(a, 0x81, "hello", 5);
+        turns(2);
+        room_to_send = SIZE_MAX;
+        turns(3);
+        hear(b);
+        /* one that was not begun may wait for the message */
+        if (sent == 0 && b->in[b->at] == 0x81)
+            expect_frame(b, 0x81, "hello");
+        expect_close(b, 1002);
+        hear(b);
+        assert_true(b->ended && b->at == b->len);
+        hang_up(a);
+        hang_up(b);
+        turns(3);
     }
 }
 
@@ -1987,6 +2030,7 @@ main(void)
         fact(a_conversation_byte_by_byte_is_understood),
         fact(a_close_is_answered_with_its_code_and_ends),
         fact(each_offence_is_closed_with_its_code_and_hurts_nobody),
+        fact(nothing_comes_between_the_parts_of_a_close),
         fact(a_message_of_the_most_passes_and_one_more_byte_does_not),
         fact(requests_in_one_packet_are_answered_in_order),
         fact(a_refusal_that_leaves_bytes_unread_ends_the_connection),
