@@ -14,9 +14,9 @@ stage() {
     shift
     "$@" >"$out" 2>&1
     status=$?
-    p=$(grep -cE '^\[       OK \]|^ *ok [0-9]+' "$out")
-    f=$(grep -cE '^\[  FAILED  \] [a-z_A-Z0-9]+$|^ *not ok [0-9]+' "$out")
-    s=$(grep -cE '^\[  SKIPPED \] [a-z_A-Z0-9]+$|^ *ok [0-9]+.*# SKIP' "$out")
+    p=$(grep -acE '^\[       OK \]|^ *ok [0-9]+' "$out")
+    f=$(grep -acE '^\[  FAILED  \] [a-z_A-Z0-9]+$|^ *not ok [0-9]+' "$out")
+    s=$(grep -acE '^\[  SKIPPED \] [a-z_A-Z0-9]+$|^ *ok [0-9]+.*# SKIP' "$out")
     [ "$p" -gt 0 ] || [ "$f" -gt 0 ] || [ $status -ne 0 ] || p=1
     [ $status -eq 0 ] || [ "$f" -gt 0 ] || f=1
     passed=$((passed + p - s)) failed=$((failed + f)) skipped=$((skipped + s))
@@ -29,9 +29,9 @@ stage() {
     fi
 }
 
-node_tests() {
+node_tests() (
     cd tests && node --test --test-reporter=tap --test-concurrency=2 "$@"
-}
+)
 
 stage build make all
 stage lint make lint
