@@ -19,7 +19,7 @@
 #define CLIENTS 4
 #define FIRST_FD 100000
 
-/* ----- made-up sockets --------------------------------------------------------- */
+/* ----- made-up sockets -------------------------------------------------- */
 
 enum phase { PHASE_HEAD, PHASE_BODY, PHASE_FRAMES, PHASE_CLOSED };
 
@@ -28,7 +28,7 @@ struct peer {
     bool accepted, shut; /* the server has taken it, has closed it */
     bool ended, reset;   /* the peer's side has ended, or broken */
     uint8_t *in;         /* what the server is yet to read */
-    size_t in_at, in_len;
+    size_t in_at, in_len, in_room;
     size_t window;       /* bytes the peer still takes */
     /* what the server has sent, as the peer sees it */
     enum phase phase;
@@ -37,7 +37,6 @@ struct peer {
     uint64_t left;       /* of a body, or of a frame */
     uint8_t opcode;
     struct utf8 utf8;
-    bool no_body;
 };
 
 static struct peer peers[64]; /* in the order of their connecting */
@@ -154,7 +153,7 @@ fake_recv(int fd, void *to, size_t len, int flags)
     return (ssize_t)n;
 }
 
-/* ----- what a peer makes of what it gets ------------------------------------------ */
+/* ----- what a peer makes of what it gets -------------------------------- */
 
 static void
 peer_takes_head(struct peer *p, uint8_t b)
@@ -178,7 +177,7 @@ peer_takes_head(struct peer *p, uint8_t b)
     }
     length = strstr(text, "\r\nContent-Length: ");
     assert(length != NULL || status == 204 || status == 304);
-    p->left = length == NULL || p->no_body ? 0 : strtoull(length + 18, NULL, 10);
+    p->left = length == NULL ? 0 : strtoull(length + 18, NULL, 10);
     p->phase = p->left > 0 ? PHASE_BODY : PHASE_HEAD;
 }
 
@@ -307,7 +306,7 @@ fake_close(int fd)
     return 0;
 }
 
-/* ----- events ----------------------------------------------------------------------------- */
+/* ----- events ----------------------------------------------------------- */
 
 static struct collabd *s;
 static bool over; /* collabd_step has said so */
@@ -351,9 +350,12 @@ say(int client, const void *bytes, size_t len)
     if (current[client] < 0)
         return;
     p = &peers[current[client]];
-    if (p->ended || p->reset || p->in_len + len > 1 << 18)
+    if (len == 0 || p->ended || p->reset || p->in_len + len > 1 << 18)
         return;
-    p->in = realloc(p->in, p->in_len + len + 1);
+    if (p->in_len + len > p->in_room) {
+        p->in_room = 2 * (p->in_len + len);
+        p->in = realloc(p->in, p->in_room);
+    }
     memcpy(p->in + p->in_len, bytes, len);
     p->in_len += len;
 }
@@ -489,7 +491,7 @@ event(uint8_t b, struct span *in)
     }
 }
 
-/* ----- what must hold when all is quiet ---------------------------------------------------- */
+/* ----- what must hold when all is quiet --------------------------------- */
 
 /* Turns until the server would sleep. */
 static void

@@ -16,7 +16,7 @@
 
 #include <cmocka.h>
 
-/* ----- numbers that look random and are the same every time ---------------- */
+/* ----- numbers that look random and are the same every time ------------- */
 
 static uint64_t test_seed = 1;
 
@@ -29,7 +29,7 @@ test_random(uint64_t below)
     return below == 0 ? test_seed : test_seed % below;
 }
 
-/* ----- what is said to stderr ------------------------------------------------
+/* ----- what is said to stderr ----------------------------------------------
  * From test_listen_in on, log lines go to a file; test_said asks whether a text
  * was said since the last question, and forgets everything. */
 
@@ -109,7 +109,7 @@ test_group_listen_no_more(void **state)
     return 0;
 }
 
-/* ----- the end of the world ---------------------------------------------------
+/* ----- the end of the world ------------------------------------------------
  * Bytes that end exactly where an unreadable page begins: one step too far is a
  * crash. */
 

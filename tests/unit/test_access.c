@@ -26,7 +26,7 @@ set(const char *name, const char *value)
         cfg_set(&c, cfg_find(span_text(name)), span_text(value), "test"));
 }
 
-/* ----- tokens ------------------------------------------------------------------------ */
+/* ----- tokens ----------------------------------------------------------- */
 
 #define HASH_ONE                                                             \
     "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
@@ -261,7 +261,7 @@ equality_takes_all_bytes(void **state)
     }
 }
 
-/* ----- addresses -------------------------------------------------------------------------- */
+/* ----- addresses -------------------------------------------------------- */
 
 static void
 address(const char *text, uint8_t a[16])
@@ -360,7 +360,7 @@ a_site_is_an_ipv4_address_or_an_ipv6_64(void **state)
     }
 }
 
-/* ----- proxies ---------------------------------------------------------------------------------- */
+/* ----- proxies ---------------------------------------------------------- */
 
 static void
 only_named_proxies_are_trusted(void **state)
@@ -424,7 +424,7 @@ the_rightmost_untrusted_hop_is_the_peer(void **state)
     }
 }
 
-/* ----- Host and Origin ------------------------------------------------------------------------------ */
+/* ----- Host and Origin -------------------------------------------------- */
 
 static void
 a_host_is_cut_into_name_and_port(void **state)
@@ -434,12 +434,16 @@ a_host_is_cut_into_name_and_port(void **state)
     } cases[] = {
         { "box", "box" }, { "box:80", "box" }, { "box:", "box" },
         { "1.2.3.4:80", "1.2.3.4" }, { "[::1]", "::1" }, { "[::1]:80", "::1" },
-        { "[::ffff:1.2.3.4]", "::ffff:1.2.3.4" }, { "a_b~!$&'()*+;=", "a_b~!$&'()*+;=" },
-        { "", NULL }, { ":80", NULL }, { "box:8o", NULL }, { "box:80:80", NULL },
-        { "[::1", NULL }, { "[::1]80", NULL }, { "[::1]:x", NULL }, { "[]", NULL },
+        { "[::ffff:1.2.3.4]", "::ffff:1.2.3.4" },
+        { "a_b~!$&'()*+;=", "a_b~!$&'()*+;=" },
+        { "", NULL }, { ":80", NULL }, { "box:8o", NULL },
+        { "box:80:80", NULL },
+        { "[::1", NULL }, { "[::1]80", NULL }, { "[::1]:x", NULL },
+        { "[]", NULL },
         { "::1", NULL }, { "a b", NULL }, { "a/b", NULL }, { "a@b", NULL },
         { "a#b", NULL }, { "a?b", NULL }, { "a\\b", NULL }, { "a<b", NULL },
-        { "a%b", NULL }, { "a\"b", NULL }, { "\xc3\xa4", NULL }, { "a\x01", NULL },
+        { "a%b", NULL }, { "a\"b", NULL }, { "\xc3\xa4", NULL },
+        { "a\x01", NULL },
     };
 
     (void)state;

@@ -4,7 +4,7 @@
  */
 #include "test.h"
 
-/* ----- spans ------------------------------------------------------------------ */
+/* ----- spans ------------------------------------------------------------ */
 
 static void
 a_span_over_nothing_is_empty(void **state)
@@ -93,7 +93,7 @@ trimming_takes_spaces_and_tabs_from_both_ends(void **state)
     assert_span_is(span_trim(span_text("\nx\r")), "\nx\r");
 }
 
-/* ----- numbers ------------------------------------------------------------------ */
+/* ----- numbers ---------------------------------------------------------- */
 
 static void
 decimals_are_digits_only_and_at_most_the_most(void **state)
@@ -148,7 +148,7 @@ hex_digits_have_values_and_nothing_else_has(void **state)
     }
 }
 
-/* ----- writers -------------------------------------------------------------------- */
+/* ----- writers ---------------------------------------------------------- */
 
 static void
 a_writer_says_full_and_never_writes_beyond(void **state)
@@ -188,7 +188,7 @@ formatting_needs_room_for_a_zero_too(void **state)
     assert_false(p.full);
 }
 
-/* ----- UTF-8 --------------------------------------------------------------------------
+/* ----- UTF-8 ---------------------------------------------------------------
  * The oracle decodes a whole text the slow way, by the table of RFC 3629. */
 
 static bool
@@ -372,7 +372,7 @@ ascii_is_passed_eight_at_a_time_without_missing_a_byte(void **state)
         }
 }
 
-/* ----- base64 ----------------------------------------------------------------------- */
+/* ----- base64 ----------------------------------------------------------- */
 
 static void
 base64_is_that_of_rfc_4648(void **state)
@@ -427,7 +427,7 @@ a_key_is_the_base64_of_sixteen_bytes_and_nothing_else(void **state)
         }
 }
 
-/* ----- globs ------------------------------------------------------------------------- */
+/* ----- globs ------------------------------------------------------------ */
 
 /* The slow and obvious way. */
 static bool

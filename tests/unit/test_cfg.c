@@ -46,7 +46,7 @@ begin(void **state)
     return 0;
 }
 
-/* ----- defaults and ranges -------------------------------------------------------- */
+/* ----- defaults and ranges ---------------------------------------------- */
 
 static void
 the_defaults_are_those_of_the_manual(void **state)
@@ -166,9 +166,9 @@ sizes_take_k_m_and_g(void **state)
 
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        assert_int_equal(cfg_parse_size(test_span_at_edge(cases[i].text,
-                                                          strlen(cases[i].text)),
-                                        &n), PARSE_OK);
+        struct span text =
+            test_span_at_edge(cases[i].text, strlen(cases[i].text));
+        assert_int_equal(cfg_parse_size(text, &n), PARSE_OK);
         assert_true(n == cases[i].value);
     }
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
@@ -212,7 +212,7 @@ levels_and_flags_take_their_words_only(void **state)
     assert_false(set_to("prefault", "YES"));
 }
 
-/* ----- texts and lists ---------------------------------------------------------------- */
+/* ----- texts and lists -------------------------------------------------- */
 
 static void
 the_last_of_a_text_counts_and_all_of_a_list(void **state)
@@ -349,7 +349,7 @@ a_unix_path_must_fit_its_address(void **state)
     assert_false(set_to("listen", text));
 }
 
-/* ----- lines ---------------------------------------------------------------------------- */
+/* ----- lines ------------------------------------------------------------ */
 
 static void
 a_line_is_blank_a_comment_or_a_setting(void **state)
@@ -418,7 +418,7 @@ every_prefix_of_a_file_is_good_or_said_to_be_bad(void **state)
     assert_true(c.listen.count == 2 && c.log_level == LOG_LEVEL_DEBUG);
 }
 
-/* ----- flags ------------------------------------------------------------------------------- */
+/* ----- flags ------------------------------------------------------------ */
 
 static enum cfg_action action;
 static const char *operand;
@@ -527,7 +527,7 @@ every_setting_is_a_flag_and_a_line(void **state)
     }
 }
 
-/* ----- what settings must agree on --------------------------------------------------------------- */
+/* ----- what settings must agree on -------------------------------------- */
 
 static void
 what_is_left_out_is_settled(void **state)
@@ -574,7 +574,7 @@ what_does_not_fit_together_is_refused_and_said(void **state)
     }
 }
 
-/* ----- files ------------------------------------------------------------------------------------------ */
+/* ----- files ------------------------------------------------------------ */
 
 static void
 flags_win_over_the_file(void **state)
@@ -651,7 +651,7 @@ help_names_every_setting_and_action_with_its_default(void **state)
     free(text);
 }
 
-/* ----- reloads ----------------------------------------------------------------------------------------- */
+/* ----- reloads ---------------------------------------------------------- */
 
 static void
 a_reload_keeps_what_needs_a_restart_and_says_it(void **state)
@@ -672,8 +672,8 @@ a_reload_keeps_what_needs_a_restart_and_says_it(void **state)
                                 span_text(set->kind == CFG_PEER ? "::1" : "1"),
                                 "here"));
         cfg_keep_start(&fresh, &c);
-        (void)snprintf(said, sizeof said, "%s has changed; that takes a restart",
-                       cfg_typed(set->name, typed));
+        (void)snprintf(said, sizeof said, "%s has changed; that takes a "
+                       "restart", cfg_typed(set->name, typed));
         assert_int_equal(test_said(said), set->when == CFG_START);
         if (numeric)
             assert_true(number(&fresh, set) - number(&c, set) ==

@@ -77,7 +77,7 @@ end_all(void **state)
     return rmdir(folder);
 }
 
-/* ----- asking ---------------------------------------------------------------------- */
+/* ----- asking ----------------------------------------------------------- */
 
 static struct file f;
 static int first_free; /* descriptor: none may leak */
@@ -118,7 +118,7 @@ body(void)
     return text;
 }
 
-/* ----- what is found ------------------------------------------------------------------- */
+/* ----- what is found ---------------------------------------------------- */
 
 static void
 each_path_finds_its_file_or_nothing(void **state)
@@ -234,7 +234,8 @@ types_go_by_the_last_extension_in_any_case(void **state)
 {
     (void)state;
     assert_string_equal(file_type("a.html"), "text/html; charset=utf-8");
-    assert_string_equal(file_type("a.tar.JS"), "text/javascript; charset=utf-8");
+    assert_string_equal(file_type("a.tar.JS"),
+                        "text/javascript; charset=utf-8");
     assert_string_equal(file_type("x.wasm"), "application/wasm");
     assert_string_equal(file_type("x"), "application/octet-stream");
     assert_string_equal(file_type("html"), "application/octet-stream");
@@ -249,7 +250,7 @@ types_go_by_the_last_extension_in_any_case(void **state)
     (void)body();
 }
 
-/* ----- packed twins ------------------------------------------------------------------------ */
+/* ----- packed twins ----------------------------------------------------- */
 
 static int
 get_accepting(const char *path, const char *encodings)
@@ -286,7 +287,7 @@ the_packed_twin_is_sent_to_whom_it_pleases(void **state)
     (void)body();
 }
 
-/* ----- tags ---------------------------------------------------------------------------------- */
+/* ----- tags ------------------------------------------------------------- */
 
 static void
 a_tag_changes_with_the_file(void **state)
@@ -348,7 +349,7 @@ a_known_tag_saves_the_body(void **state)
     IF_NONE_MATCH("\"x\"%.0s", 206);
 }
 
-/* ----- ranges ---------------------------------------------------------------------------------- */
+/* ----- ranges ----------------------------------------------------------- */
 
 static void
 each_range_gives_its_part(void **state)

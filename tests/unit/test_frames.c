@@ -10,7 +10,7 @@
 
 #define MAX_MESSAGE (1u << 20)
 
-/* ----- a machine without memory for wslay ------------------------------------------ */
+/* ----- a machine without memory for wslay ------------------------------- */
 
 static bool no_memory_for_wslay;
 
@@ -27,7 +27,7 @@ wslay_frame_context_init(wslay_frame_context_ptr *ctx,
     return real(ctx, calls, user);
 }
 
-/* ----- what a client sends --------------------------------------------------------- */
+/* ----- what a client sends ---------------------------------------------- */
 
 static uint8_t stream[400000];
 static size_t stream_len;
@@ -71,7 +71,7 @@ frame_text(unsigned first, const char *text)
     frame(first, text, strlen(text));
 }
 
-/* ----- how it arrives ----------------------------------------------------------------- */
+/* ----- how it arrives --------------------------------------------------- */
 
 static struct receiver receiver;
 static struct assembly message;
@@ -261,7 +261,7 @@ sounds_the_same_in_every_split(const char *want, size_t step)
     }
 }
 
-/* ----- facts: what is understood ---------------------------------------------------------- */
+/* ----- facts: what is understood ---------------------------------------- */
 
 static void
 every_kind_of_frame_is_understood_in_every_split(void **state)
@@ -369,7 +369,7 @@ a_close_may_have_no_code_or_a_code_or_a_reason(void **state)
     sounds_the_same_in_every_split("C1001:cafc3a9", 1);
 }
 
-/* ----- facts: what is refused ------------------------------------------------------------------ */
+/* ----- facts: what is refused ------------------------------------------- */
 
 static void
 each_broken_frame_is_refused_for_its_reason(void **state)
@@ -400,7 +400,7 @@ each_broken_frame_is_refused_for_its_reason(void **state)
         { CLOSE_PROTOCOL, 6, "\x09\x80\0\0\0\0" },        /* Ping in parts */
         { CLOSE_PROTOCOL, 6, "\x08\x80\0\0\0\0" },
         { CLOSE_PROTOCOL, 8, "\x89\xfe\x00\x7e\0\0\0\0" }, /* Ping of 126 */
-        { CLOSE_PROTOCOL, 8, "\x81\xfe\x00\x7d\0\0\0\0" }, /* 125 the long way */
+        { CLOSE_PROTOCOL, 8, "\x81\xfe\x00\x7d\0\0\0\0" }, /* too long a form */
         { CLOSE_PROTOCOL, 14, "\x81\xff\0\0\0\0\0\0\xff\xff\0\0\0\0" },
         { CLOSE_PROTOCOL, 14, "\x81\xff\x80\0\0\0\0\0\0\0\0\0\0\0" },
         /* wslay tells of a frame with its first byte of payload */
@@ -508,7 +508,7 @@ close_codes_are_those_of_the_rfc(void **state)
     }
 }
 
-/* ----- facts: receivers ---------------------------------------------------------------------------- */
+/* ----- facts: receivers ------------------------------------------------- */
 
 static struct collabd *
 server_with_receivers(unsigned n)
@@ -655,7 +655,7 @@ without_memory_the_pool_is_smaller_by_one(void **state)
     free_server(s);
 }
 
-/* ----- facts: headers we send ------------------------------------------------------------------------- */
+/* ----- facts: headers we send ------------------------------------------- */
 
 static void
 a_header_says_its_length_in_the_shortest_form(void **state)
@@ -686,7 +686,7 @@ a_header_says_its_length_in_the_shortest_form(void **state)
     }
 }
 
-/* ----- facts: messages in message memory ------------------------------------------------------------------ */
+/* ----- facts: messages in message memory -------------------------------- */
 
 #define POOL_CHUNKS_MAX 40
 
@@ -713,8 +713,8 @@ static void
 holds(const struct chunks *pool, const struct assembly *m, const uint8_t *want,
       size_t len)
 {
-    size_t at = WS_HEADER_MAX, need = (len + WS_HEADER_MAX + COLLABD_CHUNK - 1) /
-                                      COLLABD_CHUNK;
+    size_t at = WS_HEADER_MAX;
+    size_t need = (len + WS_HEADER_MAX + COLLABD_CHUNK - 1) / COLLABD_CHUNK;
     uint32_t i = m->first, last = NONE32;
 
     assert_int_equal(pool->used, need);
@@ -737,7 +737,7 @@ holds(const struct chunks *pool, const struct assembly *m, const uint8_t *want,
     assert_int_equal(last, m->last);
 }
 
-static const struct assembly nothing_yet = { NONE32, NONE32, 0, { 0, 0, 0 }, 0 };
+static const struct assembly nothing_yet = { .first = NONE32, .last = NONE32 };
 static uint8_t letters[POOL_CHUNKS_MAX * COLLABD_CHUNK];
 
 static void
@@ -799,7 +799,7 @@ random_pieces_come_out_whole_until_memory_ends(void **state)
 }
 
 static void
-two_messages_share_the_pool_without_touching_each_other(void **state)
+two_messages_share_the_pool_and_nothing_else(void **state)
 {
     struct chunks pool = pool_of(POOL_CHUNKS_MAX);
     struct assembly a = nothing_yet, b = nothing_yet;
@@ -854,7 +854,7 @@ main(void)
         cmocka_unit_test(a_header_says_its_length_in_the_shortest_form),
         cmocka_unit_test(pieces_around_every_chunk_border_come_out_whole),
         cmocka_unit_test(random_pieces_come_out_whole_until_memory_ends),
-        cmocka_unit_test(two_messages_share_the_pool_without_touching_each_other),
+        cmocka_unit_test(two_messages_share_the_pool_and_nothing_else),
     };
     return cmocka_run_group_tests(tests, NULL, free_receiver);
 }

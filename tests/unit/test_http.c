@@ -56,7 +56,7 @@ static const char *const good_heads[] = {
 
 #define GOOD_HEADS (sizeof good_heads / sizeof *good_heads)
 
-/* ----- where a head ends ---------------------------------------------------------- */
+/* ----- where a head ends ------------------------------------------------ */
 
 static void
 every_prefix_of_a_head_is_more_and_takes_nothing(void **state)
@@ -119,7 +119,7 @@ a_line_that_ends_in_lf_alone_is_bad_at_once(void **state)
     }
 }
 
-/* A head cut anywhere and judged nevertheless: never a crash, always a reason. */
+/* A head cut anywhere and judged nevertheless: there is always a reason. */
 static void
 a_head_that_was_cut_gets_a_clear_verdict(void **state)
 {
@@ -137,7 +137,7 @@ a_head_that_was_cut_gets_a_clear_verdict(void **state)
     }
 }
 
-/* ----- verdicts ------------------------------------------------------------------------ */
+/* ----- verdicts --------------------------------------------------------- */
 
 #define GET "GET / HTTP/1.1\r\nHost: a\r\n"
 
@@ -317,7 +317,7 @@ a_control_byte_is_refused_wherever_it_stands(void **state)
     }
 }
 
-/* ----- what is read out of a head --------------------------------------------------------- */
+/* ----- what is read out of a head --------------------------------------- */
 
 static void
 fields_are_found_in_any_case_and_trimmed(void **state)
@@ -445,7 +445,7 @@ a_body_is_a_length_above_zero_or_chunks(void **state)
     assert_false(http_has_body(&h));
 }
 
-/* ----- upgrades ------------------------------------------------------------------------------ */
+/* ----- upgrades --------------------------------------------------------- */
 
 static void
 an_upgrade_names_websocket_and_upgrade_among_its_tokens(void **state)
@@ -455,7 +455,8 @@ an_upgrade_names_websocket_and_upgrade_among_its_tokens(void **state)
         const char *fields;
     } cases[] = {
         { true, "Upgrade: websocket\r\nConnection: Upgrade\r\n" },
-        { true, "Upgrade: h2c, WebSocket\r\nConnection: keep-alive,UPGRADE\r\n" },
+        { true, "Upgrade: h2c, WebSocket\r\n"
+                "Connection: keep-alive,UPGRADE\r\n" },
         { true, "Upgrade: h2c\r\nUpgrade: websocket\r\n"
                 "Connection: keep-alive\r\nConnection: , upgrade ,\r\n" },
         { false, "Upgrade: websocket\r\n" },
@@ -487,7 +488,8 @@ each_upgrade_gets_its_status(void **state)
     } cases[] = {
         { 0, ASK V13 KEY "\r\n" },
         { 426, ASK "Sec-WebSocket-Version: 013\r\n" KEY "\r\n" },
-        { 0, ASK V13 KEY "Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n" },
+        { 0, ASK V13 KEY "Sec-WebSocket-Extensions: permessage-deflate\r\n"
+                         "\r\n" },
         { 426, ASK KEY "\r\n" },
         { 426, ASK KEY "Sec-WebSocket-Version: 12\r\n\r\n" },
         { 426, ASK KEY "Sec-WebSocket-Version: 14\r\n\r\n" },
@@ -525,10 +527,11 @@ the_accept_value_is_that_of_the_rfc(void **state)
     (void)state;
     http_accept(span_text("dGhlIHNhbXBsZSBub25jZQ=="), &o);
     assert_false(o.full);
-    assert_span_is(((struct span){ buf, o.at }), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    assert_span_is(((struct span){ buf, o.at }),
+                   "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
 }
 
-/* ----- small parts ------------------------------------------------------------------------------ */
+/* ----- small parts ------------------------------------------------------ */
 
 static void
 a_list_has_no_empty_elements(void **state)
@@ -628,7 +631,7 @@ decoding_needs_two_hex_digits_and_room(void **state)
     assert_true(o.full);
 }
 
-/* ----- names of rooms ------------------------------------------------------------------------------ */
+/* ----- names of rooms --------------------------------------------------- */
 
 static void
 each_name_is_decoded_or_refused(void **state)
@@ -687,6 +690,7 @@ a_name_may_have_128_bytes_and_no_more(void **state)
 {
     char path[3 * (COLLABD_NAME_MAX + 1)];
     uint8_t name[COLLABD_NAME_MAX], len;
+    struct span long_path;
 
     (void)state;
     memset(path, 'x', sizeof path);
@@ -695,14 +699,14 @@ a_name_may_have_128_bytes_and_no_more(void **state)
             .status,
         0);
     assert_int_equal(len, COLLABD_NAME_MAX);
-    assert_int_equal(http_room_name(test_span_at_edge(path, COLLABD_NAME_MAX + 1),
-                                    name, &len).status, 400);
+    long_path = test_span_at_edge(path, COLLABD_NAME_MAX + 1);
+    assert_int_equal(http_room_name(long_path, name, &len).status, 400);
     for (size_t i = 0; i < sizeof path; i += 3)
         memcpy(path + i, "%41", 3);
-    assert_int_equal(http_room_name(test_span_at_edge(path, 3 * COLLABD_NAME_MAX),
-                                    name, &len).status, 0);
-    assert_int_equal(http_room_name(test_span_at_edge(path, sizeof path), name,
-                                    &len).status, 400);
+    long_path = test_span_at_edge(path, 3 * COLLABD_NAME_MAX);
+    assert_int_equal(http_room_name(long_path, name, &len).status, 0);
+    long_path = test_span_at_edge(path, sizeof path);
+    assert_int_equal(http_room_name(long_path, name, &len).status, 400);
 }
 
 static void

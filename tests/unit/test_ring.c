@@ -64,7 +64,7 @@ take(const struct ring *r, uint64_t at, size_t n, uint8_t *to)
     assert_int_equal(sum, n);
 }
 
-/* ----- facts ------------------------------------------------------------------ */
+/* ----- facts ------------------------------------------------------------ */
 
 static void
 an_entry_is_charged_with_its_frame_but_at_least_its_place(void **state)
@@ -199,7 +199,7 @@ a_block_takes_a_place_but_no_bytes(void **state)
     assert_true(ring_find(&r, r.tail, starts[5] + 3) == r.tail + 2);
 }
 
-/* ----- a long walk beside a model ------------------------------------------------ */
+/* ----- a long walk beside a model --------------------------------------- */
 
 #define KEPT 4096
 

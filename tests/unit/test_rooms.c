@@ -39,7 +39,7 @@ end(void **state)
     return 0;
 }
 
-/* ----- members ------------------------------------------------------------------ */
+/* ----- members ---------------------------------------------------------- */
 
 static struct conn *
 join(const char *name, bool echo, uint64_t history)
@@ -131,7 +131,7 @@ take_all(struct conn *c)
     return sum;
 }
 
-/* ----- facts: who gets what -------------------------------------------------------- */
+/* ----- facts: who gets what --------------------------------------------- */
 
 static void
 a_message_reaches_all_others_once_and_its_sender_not(void **state)
@@ -285,7 +285,7 @@ an_old_namesake_does_not_disturb_a_newcomer(void **state)
     assert_true(b->in.own == 0);
 }
 
-/* ----- facts: rooms ---------------------------------------------------------------------- */
+/* ----- facts: rooms ----------------------------------------------------- */
 
 static void
 one_room_too_many_is_none_while_all_have_members(void **state)
@@ -395,7 +395,7 @@ names_that_share_a_bucket_are_told_apart(void **state)
     }
 }
 
-/* ----- facts: blocks -------------------------------------------------------------------------- */
+/* ----- facts: blocks ---------------------------------------------------- */
 
 static void
 a_quarter_ring_is_the_border_between_ring_and_block(void **state)
@@ -498,7 +498,7 @@ a_newcomer_has_no_part_in_older_blocks(void **state)
     assert_int_equal(s->chunks.used, 0);
 }
 
-/* ----- facts: laggards -------------------------------------------------------------------------- */
+/* ----- facts: laggards -------------------------------------------------- */
 
 static void
 a_laggard_is_overtaken_when_the_ring_needs_its_bytes(void **state)
@@ -562,7 +562,7 @@ a_quarter_ring_wants_a_flush(void **state)
     assert_false(room_wants_flush(room));
 }
 
-/* ----- facts: slow majorities ------------------------------------------------------------------------ */
+/* ----- facts: slow majorities ------------------------------------------- */
 
 /* Lets all members that take nothing fall behind just far enough to count. */
 static void
@@ -747,7 +747,7 @@ a_room_that_empties_is_no_longer_held(void **state)
     assert_false(room->held);
 }
 
-/* ----- a long walk beside a model -------------------------------------------------------------------------
+/* ----- a long walk beside a model ------------------------------------------
  * One room.  Entries and messages have the same numbers, so the model is the
  * list of all messages; a member is its place in it. */
 

@@ -9,7 +9,7 @@
 
 #include <dirent.h>
 
-/* ----- the clock ------------------------------------------------------------- */
+/* ----- the clock -------------------------------------------------------- */
 
 static int64_t clock_ms = 5000000;
 
@@ -23,7 +23,7 @@ fake_clock(clockid_t id, struct timespec *t)
     return 0;
 }
 
-/* ----- a machine that fails at the n-th call ------------------------------------ */
+/* ----- a machine that fails at the n-th call ---------------------------- */
 
 enum call {
     CALL_PPOLL, CALL_ACCEPT4, CALL_RECV, CALL_SEND, CALL_SENDMSG, CALL_OPENAT,
@@ -165,7 +165,7 @@ let_fail(enum call call, int at, int in_a_row, int error)
     fail_errno = error;
 }
 
-/* ----- a folder --------------------------------------------------------------------- */
+/* ----- a folder --------------------------------------------------------- */
 
 static char folder[64];
 
@@ -209,7 +209,7 @@ count_fds(void)
     return n;
 }
 
-/* ----- the server ----------------------------------------------------------------------- */
+/* ----- the server ------------------------------------------------------- */
 
 static struct collabd *s;
 static unsigned fds_before;
@@ -281,7 +281,7 @@ pass(int64_t ms)
     }
 }
 
-/* ----- peers ----------------------------------------------------------------------------------- */
+/* ----- peers ------------------------------------------------------------ */
 
 static struct peer {
     int fd;             /* -1: not connected */
@@ -555,7 +555,7 @@ clients_now(void)
     return stats.clients;
 }
 
-/* ----- facts: exchange ------------------------------------------------------------------------- */
+/* ----- facts: exchange -------------------------------------------------- */
 
 static void
 what_one_says_the_others_hear(void **state)
@@ -753,6 +753,25 @@ nothing_comes_between_the_parts_of_a_close(void **state)
 }
 
 static void
+a_client_that_is_closing_keeps_no_memory(void **state)
+{
+    struct peer *a;
+
+    (void)state;
+    start_plain();
+    a = join(0);
+    say(a, "\x01\x83\0\0\0\0abc\x00\x83\0\0\0\0\xff", 16);
+    room_to_send = 0; /* its Close must wait */
+    turns(3);
+    assert_int_equal(clients_now(), 1);
+    assert_int_equal(s->receivers_used, 0);
+    assert_int_equal(s->chunks.used, 0);
+    room_to_send = SIZE_MAX;
+    turns(3);
+    expect_close(a, 1007);
+}
+
+static void
 a_message_of_the_most_passes_and_one_more_byte_does_not(void **state)
 {
     static char text[65537];
@@ -778,7 +797,7 @@ a_message_of_the_most_passes_and_one_more_byte_does_not(void **state)
     expect_nothing(b);
 }
 
-/* ----- facts: HTTP ---------------------------------------------------------------------------------- */
+/* ----- facts: HTTP ------------------------------------------------------ */
 
 static void
 requests_in_one_packet_are_answered_in_order(void **state)
@@ -915,7 +934,7 @@ who_waits_too_long_for_a_request_buffer_gets_503(void **state)
     assert_int_equal(clients_now(), 0);
 }
 
-/* ----- facts: time -------------------------------------------------------------------------------------- */
+/* ----- facts: time ------------------------------------------------------ */
 
 static void
 a_silent_client_is_pinged_and_then_dropped(void **state)
@@ -1049,7 +1068,7 @@ who_is_over_its_rate_waits_and_is_read_later(void **state)
     assert_false(a->ended);
 }
 
-/* ----- facts: the end ------------------------------------------------------------------------------------- */
+/* ----- facts: the end --------------------------------------------------- */
 
 static void
 a_drain_says_1001_to_all_and_is_over_when_they_are_gone(void **state)
@@ -1117,7 +1136,7 @@ free_ends_everything_at_any_moment(void **state)
     collabd_free(NULL);
 }
 
-/* ----- facts: limits ------------------------------------------------------------------------------------------ */
+/* ----- facts: limits ---------------------------------------------------- */
 
 static void
 one_client_too_many_gets_503_and_then_a_place(void **state)
@@ -1344,7 +1363,7 @@ who_stops_reading_is_cut_loose_and_the_others_hear_all(void **state)
     assert_int_equal(clients_now(), 2);
 }
 
-/* ----- facts: control frames that wait ------------------------------------------------------------------- */
+/* ----- facts: control frames that wait ---------------------------------- */
 
 static struct conn
 conn_with_control(const char *bytes, size_t len, uint16_t sent)
@@ -1425,7 +1444,7 @@ a_flood_of_pings_costs_pongs_but_never_the_close(void **state)
     assert_int_equal(first, 0x88);
 }
 
-/* ----- facts: reload ---------------------------------------------------------------------------------------- */
+/* ----- facts: reload ---------------------------------------------------- */
 
 /* SHA-256 of "one" and "two" */
 #define HASH_ONE                                                             \
@@ -1611,7 +1630,7 @@ rates_that_are_lifted_forgive_all_debts(void **state)
     expect_status(a, 200);
 }
 
-/* ----- facts: start ------------------------------------------------------------------------------------------- */
+/* ----- facts: start ----------------------------------------------------- */
 
 static void
 what_cannot_start_says_so_and_leaves_nothing(void **state)
@@ -1622,9 +1641,9 @@ what_cannot_start_says_so_and_leaves_nothing(void **state)
         { "--listen", "1.2.3.4:1", "listen 1.2.3.4:1: " },
         { "--listen", "x", "give PORT" },
         { "--listen", "127.0.0.1:99999", "give PORT" },
-        { "--tokens", "/nonexistent/tokens", "tokens file /nonexistent/tokens" },
+        { "--tokens", "/nonexistent/tokens", "tokens file /nonexistent" },
         { "--www", "/nonexistent", "www /nonexistent: " },
-        { "--config", "/nonexistent/config", "config file /nonexistent/config" },
+        { "--config", "/nonexistent/config", "config file /nonexistent" },
         { "--memory", "1M", "--memory allows 1048576" },
         { "--check", NULL, "--check is not for an embedded server" },
         { "--max-clients", "0", "--max-clients: max-clients is 0; it may be" },
@@ -1669,7 +1688,7 @@ a_unix_socket_is_made_and_taken_away(void **state)
     assert_int_equal(stat(at.sun_path, &st), -1);
 }
 
-/* ----- every call fails once ------------------------------------------------------------------------------------- */
+/* ----- every call fails once -------------------------------------------- */
 
 enum { SENDER, FIRST, SECOND, FETCHER, ACTORS };
 
@@ -1969,7 +1988,7 @@ without_memory_it_does_not_start_and_says_so(void **state)
     fail_each_file_call(CALL_CALLOC, ENOMEM);
 }
 
-/* ----- beginning and end ----------------------------------------------------------------------------------- */
+/* ----- beginning and end ------------------------------------------------ */
 
 static int
 begin_all(void **state)
@@ -2031,6 +2050,7 @@ main(void)
         fact(a_close_is_answered_with_its_code_and_ends),
         fact(each_offence_is_closed_with_its_code_and_hurts_nobody),
         fact(nothing_comes_between_the_parts_of_a_close),
+        fact(a_client_that_is_closing_keeps_no_memory),
         fact(a_message_of_the_most_passes_and_one_more_byte_does_not),
         fact(requests_in_one_packet_are_answered_in_order),
         fact(a_refusal_that_leaves_bytes_unread_ends_the_connection),

@@ -42,7 +42,7 @@ end(void **state)
     return 0;
 }
 
-/* ----- connections --------------------------------------------------------------- */
+/* ----- connections ------------------------------------------------------ */
 
 static void
 one_connection_too_many_is_none(void **state)
@@ -98,7 +98,7 @@ a_freed_slot_is_reused_with_another_generation(void **state)
     assert_int_equal(c->message.first, NONE32);
 }
 
-/* ----- requests ------------------------------------------------------------------------ */
+/* ----- requests --------------------------------------------------------- */
 
 static int closed;
 
@@ -152,7 +152,7 @@ a_freed_request_closes_its_file(void **state)
     sys.close = close;
 }
 
-/* ----- chunks ------------------------------------------------------------------------------ */
+/* ----- chunks ----------------------------------------------------------- */
 
 static void
 one_chunk_too_many_is_none(void **state)
@@ -200,7 +200,7 @@ a_chain_is_freed_whole(void **state)
     assert_int_equal(p->fresh, 4);
 }
 
-/* ----- the one allocation ------------------------------------------------------------------------ */
+/* ----- the one allocation ----------------------------------------------- */
 
 static size_t asked;
 static bool no_memory;
@@ -341,7 +341,7 @@ message_memory_is_for_several_messages_of_several_rooms(void **state)
     }
 }
 
-/* ----- reasons and counters -------------------------------------------------------------------------- */
+/* ----- reasons and counters --------------------------------------------- */
 
 static void
 every_close_code_we_send_may_be_sent_and_fits_its_frame(void **state)
