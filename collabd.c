@@ -1014,31 +1014,41 @@ cfg_is_list(const struct cfg_setting *set)
     return set->kind <= CFG_PEER;
 }
 
-/* PORT, HOST:PORT, [V6]:PORT or unix:PATH */
+/* Cuts PORT, HOST:PORT or [V6]:PORT; *host is empty if there is none, and
+ * without brackets. */
+static bool
+cfg_cut_address(struct span s, struct span *host, uint64_t *port)
+{
+    struct span digits = s, whole = { s.at, s.at };
+    uint8_t a[16];
+    bool numeric = true;
+
+    while (span_has(digits, ':'))
+        whole.end = span_cut(&digits, ':').end;
+    *host = whole;
+    if (span_decimal(digits, 65535, port) != PARSE_OK)
+        return false;
+    if (span_is_empty(whole))
+        return digits.at == s.at; /* no colon either */
+    if (!span_cut_host(whole, host))
+        return false;
+    if (*whole.at == '[')
+        return host->end + 1 == whole.end && span_parse_address(*host, a);
+    for (struct span h = *host; h.at < h.end; h.at++)
+        numeric &= byte_is_digit(*h.at) || *h.at == '.';
+    return host->end == whole.end && (!numeric || span_parse_address(*host, a));
+}
+
 static bool
 cfg_is_address(struct span s)
 {
-    struct span port = s, host = { s.at, s.at }, name;
-    uint64_t number;
-    uint8_t a[16];
+    struct span host;
+    uint64_t port;
 
     if (span_starts(s, "unix:"))
         return span_len(s) > 5 &&
                span_len(s) < 5 + sizeof((struct sockaddr_un *)0)->sun_path;
-    while (span_has(port, ':'))
-        host.end = span_cut(&port, ':').end;
-    if (span_decimal(port, 65535, &number) != PARSE_OK)
-        return false;
-    if (host.end == host.at)
-        return port.at == s.at; /* no host, and no colon either */
-    if (!span_cut_host(host, &name) || (*host.at == '[') !=
-        (name.end != host.end) || span_has(name, '/'))
-        return false;
-    for (host = name; host.at < host.end && (byte_is_digit(*host.at) ||
-                                             *host.at == '.'); host.at++)
-        ;
-    return (*name.at != '[' && host.at < host.end && !span_has(name, ':')) ||
-           span_parse_address(name, a);
+    return cfg_cut_address(s, &host, &port);
 }
 
 /* What is wrong with an element of a list, or NULL. */
@@ -1051,23 +1061,23 @@ cfg_judge_element(enum cfg_kind kind, struct span s)
     switch (kind) {
     case CFG_ADDR:
         return cfg_is_address(s) ? NULL
-                                 : "PORT, HOST:PORT, [V6]:PORT or unix:PATH";
+                                 : "give PORT, HOST:PORT, [V6]:PORT or unix:PATH";
     case CFG_ORIGIN:
         one = s;
         one.at = span_find(s, ':');
         one.at = span_starts(one, "://") ? one.at + 3 : s.at;
         return span_is(s, "*") || span_cut_host(one, &name)
                    ? NULL
-                   : "scheme://host[:port] without a path, a host, null or *";
+                   : "give scheme://host[:port] without a path, a host, null or *";
     case CFG_HOST:
         return span_cut_host(s, &name) && span_equals(s, name)
                    ? NULL
-                   : "a host name without scheme and port";
+                   : "give a host name without scheme and port";
     case CFG_PEER:
         while (!span_is_empty(s)) {
             one = span_trim(span_cut(&s, ','));
             if (!span_is(one, "unix") && !span_parse_address(one, a))
-                return "IP addresses or \"unix\", with commas between";
+                return "give IP addresses or \"unix\", with commas between";
         }
         return NULL;
     case CFG_TEXT:
@@ -1081,14 +1091,100 @@ cfg_judge_element(enum cfg_kind kind, struct span s)
     return NULL;
 }
 
+/* Says that a value will not do, and what would. */
+static bool
+cfg_refuse(const struct cfg_setting *set, struct span value, const char *where,
+           const char *wanted)
+{
+    char typed[32];
+    int shown = (int)(span_len(value) > 200 ? 200 : span_len(value));
+
+    log_say(LOG_LEVEL_ERROR, "%s: %s is \"%.*s\"; %s", where,
+            cfg_typed(set->name, typed), shown, (const char *)value.at, wanted);
+    return false;
+}
+
+#define CFG_TEXT_OF(number) #number
+#define CFG_TEXT_IN(macro) CFG_TEXT_OF(macro)
+#define CFG_STORE_TEXT CFG_TEXT_IN(COLLABD_CFG_TEXT)
+
+_Static_assert(sizeof((struct cfg_list *)0)->item / sizeof(uint16_t) == 16,
+               "the refusal below says so");
+
+/* A text, or one more of a list, goes into the store. */
+static bool
+cfg_set_text(struct cfg *c, const struct cfg_setting *set, struct span value,
+             const char *where)
+{
+    const char *wanted = cfg_judge_element(set->kind, value);
+    struct cfg_list *list = cfg_field(c, set);
+    char needs[40];
+
+    if (span_has(value, 0) || span_is_empty(value)) {
+        (void)snprintf(needs, sizeof needs, "it needs a value, %s", set->value);
+        return cfg_refuse(set, value, where, needs);
+    }
+    if (wanted != NULL)
+        return cfg_refuse(set, value, where, wanted);
+    if (span_len(value) + 1 > sizeof c->store - c->store_used)
+        return cfg_refuse(set, value, where,
+                          "the texts of all settings are longer than "
+                          CFG_STORE_TEXT " bytes together; shorten some");
+    if (!cfg_is_list(set))
+        *(uint16_t *)cfg_field(c, set) = c->store_used;
+    else if (list->count < sizeof list->item / sizeof *list->item)
+        list->item[list->count++] = c->store_used;
+    else
+        return cfg_refuse(set, value, where,
+                          "there may be no more than 16 of them");
+    memcpy(c->store + c->store_used, value.at, span_len(value));
+    c->store_used = (uint16_t)(c->store_used + span_len(value) + 1);
+    c->store[c->store_used - 1] = '\0';
+    return true;
+}
+
+static bool
+cfg_parse_octal(struct span text, uint64_t *out)
+{
+    *out = 0;
+    if (span_is_empty(text) || span_len(text) > 4)
+        return false;
+    for (; text.at < text.end; text.at++) {
+        if (*text.at < '0' || *text.at > '7')
+            return false;
+        *out = *out * 8 + (uint64_t)(*text.at - '0');
+    }
+    return true;
+}
+
+static bool
+cfg_set_size(const struct cfg_setting *set, struct span value,
+             const char *where, uint64_t *n)
+{
+    char range[80], least[24], most[24];
+
+    if (cfg_parse_size(value, n) != PARSE_OK)
+        return cfg_refuse(set, value, where,
+                          "give a number, with K, M or G behind it if you "
+                          "like");
+    if (*n < (uint64_t)set->least || *n > (uint64_t)set->most) {
+        (void)snprintf(range, sizeof range, "it may be %s to %s",
+                       cfg_size_text(set->least, least),
+                       cfg_size_text(set->most, most));
+        return cfg_refuse(set, value, where, range);
+    }
+    if (set->kind == CFG_POWER && (*n & (*n - 1)) != 0)
+        return cfg_refuse(set, value, where,
+                          "give a power of two, like 64K or 128K");
+    return true;
+}
+
 /* Sets one setting from its text.  `where` is the file and line or the flag,
  * for the message.  False: refused and said. */
 static bool
 cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
         const char *where)
 {
-    char typed[32], least[24], most[24];
-    const char *name = cfg_typed(set->name, typed);
     uint64_t n = 0;
 
     switch (set->kind) {
@@ -1097,97 +1193,29 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
     case CFG_HOST:
     case CFG_PEER:
     case CFG_TEXT:
-        if (span_len(value) + 1 > sizeof c->store - c->store_used) {
-            log_say(LOG_LEVEL_ERROR,
-                    "%s: the texts of all settings are longer than %zu bytes "
-                    "together; shorten some",
-                    where, sizeof c->store);
-            return false;
-        }
-        if (span_has(value, 0) || span_is_empty(value)) {
-            log_say(LOG_LEVEL_ERROR, "%s: %s needs a value, %s", where, name,
-                    set->value);
-            return false;
-        }
-        if (cfg_judge_element(set->kind, value) != NULL) {
-            log_say(LOG_LEVEL_ERROR, "%s: %s is \"%.*s\"; give %s", where,
-                    name, (int)(span_len(value) > 200 ? 200 : span_len(value)),
-                    (const char *)value.at,
-                    cfg_judge_element(set->kind, value));
-            return false;
-        }
-        if (cfg_is_list(set)) {
-            struct cfg_list *list = cfg_field(c, set);
-            if (list->count == sizeof list->item / sizeof *list->item) {
-                log_say(LOG_LEVEL_ERROR, "%s: more than %u times %s", where,
-                        list->count, name);
-                return false;
-            }
-            list->item[list->count++] = c->store_used;
-        } else {
-            *(uint16_t *)cfg_field(c, set) = c->store_used;
-        }
-        memcpy(c->store + c->store_used, value.at, span_len(value));
-        c->store_used = (uint16_t)(c->store_used + span_len(value) + 1);
-        c->store[c->store_used - 1] = '\0';
-        return true;
+        return cfg_set_text(c, set, value, where);
     case CFG_OCTAL:
-        for (struct span s = value; s.at < s.end || s.at == value.at; s.at++) {
-            if (s.at == s.end || *s.at < '0' || *s.at > '7' || n > 0777) {
-                log_say(LOG_LEVEL_ERROR,
-                        "%s: %s is \"%.*s\"; give an octal mode like %s",
-                        where, name, (int)span_len(value),
-                        (const char *)value.at, set->def);
-                return false;
-            }
-            n = n * 8 + (uint64_t)(*s.at - '0');
-        }
+        if (!cfg_parse_octal(value, &n) || n > (uint64_t)set->most)
+            return cfg_refuse(set, value, where,
+                              "give an octal mode like 0660, at most 0777");
         break;
     case CFG_SIZE:
     case CFG_POWER:
-        if (cfg_parse_size(value, &n) != PARSE_OK) {
-            log_say(LOG_LEVEL_ERROR,
-                    "%s: %s is \"%.*s\"; give a number, with K, M or G "
-                    "behind it if you like",
-                    where, name, (int)span_len(value), (const char *)value.at);
+        if (!cfg_set_size(set, value, where, &n))
             return false;
-        }
-        if (n < (uint64_t)set->least || n > (uint64_t)set->most) {
-            log_say(LOG_LEVEL_ERROR, "%s: %s is %.*s; it may be %s to %s",
-                    where, name, (int)span_len(value), (const char *)value.at,
-                    cfg_size_text(set->least, least),
-                    cfg_size_text(set->most, most));
-            return false;
-        }
-        if (set->kind == CFG_POWER && (n & (n - 1)) != 0) {
-            log_say(LOG_LEVEL_ERROR, "%s: %s is %.*s; give a power of two, "
-                    "like 64K or 128K", where, name, (int)span_len(value),
-                    (const char *)value.at);
-            return false;
-        }
         break;
     case CFG_LEVEL:
         while (n < 4 && !span_is(value, log_names[n]))
             n++;
-        if (n == 4) {
-            log_say(LOG_LEVEL_ERROR, "%s: %s is \"%.*s\"; it may be %s", where,
-                    name, (int)span_len(value), (const char *)value.at,
-                    set->help);
-            return false;
-        }
+        if (n == 4)
+            return cfg_refuse(set, value, where,
+                              "it may be error, warning, info or debug");
         break;
     case CFG_FLAG:
         n = span_is(value, "yes");
-        if (n == 0 && !span_is(value, "no")) {
-            log_say(LOG_LEVEL_ERROR, "%s: %s is \"%.*s\"; it may be yes or no",
-                    where, name, (int)span_len(value), (const char *)value.at);
-            return false;
-        }
+        if (n == 0 && !span_is(value, "no"))
+            return cfg_refuse(set, value, where, "it may be yes or no");
         break;
-    }
-    if (set->kind == CFG_OCTAL && n > (uint64_t)set->most) {
-        log_say(LOG_LEVEL_ERROR, "%s: %s is more than 0777", where, name);
-        return false;
     }
     *(uint64_t *)cfg_field(c, set) = n;
     return true;
@@ -3526,8 +3554,8 @@ access_origin(const struct cfg *c, const struct http *h)
                                                     : ORIGIN_FOREIGN;
 }
 
-/* May this origin be repeated in a message as it is?  Whoever reads it may
- * paste it into a shell or see it as HTML. */
+/* May this Origin or Host be repeated in a message as it is?  Whoever reads it
+ * may paste it into a shell or see it as HTML. */
 static bool
 access_is_harmless(struct span origin)
 {
@@ -3552,6 +3580,22 @@ access_why_foreign(struct span origin, char *why, size_t size)
                        "--origin %.*s",
                        (int)span_len(origin), (const char *)origin.at,
                        (int)span_len(origin), (const char *)origin.at);
+}
+
+/* Why a Host is not answered, and what would change that. */
+static void
+access_why_host(struct span host, char *why, size_t size)
+{
+    struct span name;
+
+    if (!access_is_harmless(host) || !span_cut_host(host, &name))
+        (void)snprintf(why, size, "this server does not answer to this Host");
+    else
+        (void)snprintf(why, size,
+                       "this server is not %.*s; if it should be, add --host "
+                       "%.*s",
+                       (int)span_len(name), (const char *)name.at,
+                       (int)span_len(name), (const char *)name.at);
 }
 
 /* ===== 11  Rooms ============================================================
@@ -4245,34 +4289,26 @@ net_listen_ip(struct listener *l, struct span text, int buffer)
     struct addrinfo want = { .ai_socktype = SOCK_STREAM,
                              .ai_flags = AI_PASSIVE | AI_NUMERICSERV };
     struct addrinfo *found;
-    char host[256] = "", port[8] = "";
-    const char *at = "::";
-    struct span name = { NULL, NULL };
+    char host[256] = "::", port[8];
+    struct span name;
     uint64_t number;
 
-    if (span_has(text, ':')) {
-        name.at = text.at;
-        while (!span_is_empty(text) && span_has(text, ':'))
-            name.end = span_cut(&text, ':').end;
-        (void)span_cut_host(name, &name); /* without brackets */
-    }
-    if (span_decimal(text, 65535, &number) != PARSE_OK ||
+    if (!cfg_cut_address(text, &name, &number) ||
         span_len(name) >= sizeof host) {
         errno = EINVAL;
         return -1;
     }
     (void)snprintf(port, sizeof port, "%" PRIu64, number);
-    if (name.at != NULL) {
-        memcpy(host, name.at, span_len(name));
-        at = host;
-    }
-    if (getaddrinfo(at, port, &want, &found) != 0) {
+    if (!span_is_empty(name))
+        (void)snprintf(host, sizeof host, "%.*s", (int)span_len(name),
+                       (const char *)name.at);
+    if (getaddrinfo(host, port, &want, &found) != 0) {
         errno = EADDRNOTAVAIL;
         return -1;
     }
     l->fd = net_bind(found, buffer);
     freeaddrinfo(found);
-    if (l->fd < 0 && name.at == NULL &&
+    if (l->fd < 0 && span_is_empty(name) &&
         (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
         /* a kernel without IPv6 */
         if (getaddrinfo("0.0.0.0", port, &want, &found) != 0)
@@ -6741,15 +6777,7 @@ conn_answer(struct collabd *s, struct conn *c, struct span head)
                     "Retry-After: 1\r\n");
     } else if (!span_is_empty(h.host) &&
                !access_host_is_ours(s->cfg, s->hostname, h.host)) {
-        struct span name = h.host;
-        (void)span_cut_host(h.host, &name);
-        (void)snprintf(why, sizeof why,
-                       "this server is not %.*s; if it should be, add "
-                       "--host %.*s",
-                       (int)(span_len(name) > 128 ? 128 : span_len(name)),
-                       (const char *)name.at,
-                       (int)(span_len(name) > 128 ? 128 : span_len(name)),
-                       (const char *)name.at);
+        access_why_host(h.host, why, sizeof why);
         conn_refuse(s, c, &h, 421, why, NULL);
     } else if (http_has_body(&h) && h.method != HTTP_POST &&
                h.method != HTTP_PUT && h.method != HTTP_PATCH &&
@@ -8310,28 +8338,41 @@ collabd_free(struct collabd *s)
     free(s);
 }
 
+/* Reads the settings, and what to do. */
+static bool
+program_read(struct collabd *s, enum cfg_action *action, const char **operand)
+{
+    const char *path = cfg_path(s->argc, s->argv);
+    struct sys_file file = { -1, "" };
+    bool good;
+
+    *action = CFG_ACTION_NONE;
+    *operand = NULL;
+    if (path != NULL)
+        file = sys_file_at(path);
+    good = cfg_read(s->cfg, s->argc, s->argv, file, action, operand);
+    program_close_fd(file.folder);
+    if (good)
+        start_log(s->cfg);
+    return good;
+}
+
 struct collabd *
 collabd_init(int argc, char *const argv[])
 {
     struct collabd *s = program_new(argc, argv);
-    enum cfg_action action = CFG_ACTION_NONE;
-    const char *operand = NULL, *path = cfg_path(argc, argv);
-    struct sys_file file = { -1, "" };
+    enum cfg_action action;
+    const char *operand;
     bool good;
 
     if (s == NULL)
         return NULL;
-    if (path != NULL)
-        file = sys_file_at(path);
-    good = cfg_read(s->cfg, argc, argv, file, &action, &operand);
-    program_close_fd(file.folder);
+    good = program_read(s, &action, &operand);
     if (good && action != CFG_ACTION_NONE) {
         log_say(LOG_LEVEL_ERROR, "--%s is not for an embedded server",
                 cfg_actions[action].name);
         good = false;
     }
-    if (good)
-        start_log(s->cfg);
     if (!good || !start(s)) {
         collabd_free(s);
         return NULL;
@@ -8483,6 +8524,7 @@ void
 collabd_check(const struct collabd *s)
 {
     unsigned conns = 0, more = 0, receivers = 0, requests = 0, rooms = 0;
+    unsigned dirty = 0;
     uint64_t chunks = 0;
 
     for (unsigned i = 0; i < s->conns_fresh; i++) {
@@ -8516,6 +8558,7 @@ collabd_check(const struct collabd *s)
         if (!room->used)
             continue;
         rooms++;
+        dirty += room->dirty;
         room_check(s, room);
         for (uint64_t e = room->ring.tail; e < room->ring.head; e++)
             for (uint32_t k = ring_entry(&room->ring, e)->block; k != NONE32;
@@ -8523,6 +8566,11 @@ collabd_check(const struct collabd *s)
                 chunks++;
     }
     must(rooms == s->rooms_used);
+    for (uint16_t i = s->dirty_first; i != NONE; i = s->rooms[i].dirty_next) {
+        must(s->rooms[i].used && s->rooms[i].dirty && dirty > 0);
+        dirty--;
+    }
+    must(dirty == 0);
     must(chunks == s->chunks.used);
     for (uint32_t k = s->chunks.free; k != NONE32; k = s->chunks.next[k])
         chunks++;
@@ -8675,22 +8723,14 @@ int
 main(int argc, char *argv[])
 {
     struct collabd *s = program_new(argc, argv);
-    enum cfg_action action = CFG_ACTION_NONE;
-    const char *operand = NULL, *path = cfg_path(argc, argv);
-    struct sys_file file = { -1, "" };
-    bool good;
+    enum cfg_action action;
+    const char *operand;
     int status = 2;
 
     if (s == NULL)
         return 1;
-    if (path != NULL)
-        file = sys_file_at(path);
-    good = cfg_read(s->cfg, argc, argv, file, &action, &operand);
-    program_close_fd(file.folder);
-    if (good) {
-        start_log(s->cfg);
+    if (program_read(s, &action, &operand))
         status = program_act(s, action, operand);
-    }
     collabd_free(s);
     return status;
 }

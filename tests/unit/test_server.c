@@ -1646,7 +1646,7 @@ what_cannot_start_says_so_and_leaves_nothing(void **state)
         { "--config", "/nonexistent/config", "config file /nonexistent" },
         { "--memory", "1M", "--memory allows 1048576" },
         { "--check", NULL, "--check is not for an embedded server" },
-        { "--max-clients", "0", "--max-clients: max-clients is 0; it may be" },
+        { "--max-clients", "0", "--max-clients: max-clients is \"0\"; it may" },
         { "--nonsense", NULL, "--nonsense: there is no such flag" },
     };
 
