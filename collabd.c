@@ -7444,18 +7444,21 @@ conn_earn(struct collabd *s, struct conn *c)
         c->credit_bytes = bytes * 1000;
 }
 
+/* How many ms pay a debt back; a rate that was lifted asks for none. */
+static int64_t
+conn_debt_ms(int64_t credit, uint64_t rate)
+{
+    return credit >= 0 || rate == 0 ? 0 : -credit / (int64_t)rate;
+}
+
 /* When an indebted connection may be read again. */
 static int64_t
 conn_solvent_at(const struct collabd *s, const struct conn *c)
 {
-    int64_t wait = 1;
+    int64_t messages = conn_debt_ms(c->credit_messages, s->cfg->rate_messages);
+    int64_t bytes = conn_debt_ms(c->credit_bytes, s->cfg->rate_bytes);
 
-    if (c->credit_messages < 0)
-        wait += -c->credit_messages / (int64_t)s->cfg->rate_messages;
-    if (c->credit_bytes < 0 &&
-        wait < 1 - c->credit_bytes / (int64_t)s->cfg->rate_bytes)
-        wait = 1 - c->credit_bytes / (int64_t)s->cfg->rate_bytes;
-    return now_ms + wait;
+    return now_ms + 1 + (messages > bytes ? messages : bytes);
 }
 
 static void
