@@ -28,7 +28,7 @@ OUR_LD   = -Wl,--gc-sections -Wl,-z,noseparate-code -Wl,-z,relro,-z,now -Wl,--bu
 
 # The .pc files are absent with Debian's wslay and mbedTLS 2.28.
 pc = $(shell $(PKG_CONFIG) $(1) 2>/dev/null || echo $(2))
-LDLIBS = $(call pc,--libs libwslay,-lwslay) \
+LDLIBS = -pthread $(call pc,--libs libwslay,-lwslay) \
          $(call pc,--libs mbedtls mbedx509 mbedcrypto,-lmbedtls -lmbedx509 -lmbedcrypto)
 
 .DEFAULT_GOAL = all

@@ -1,14 +1,17 @@
-/* ===== 1  Front page =====================================================
+/* ===== 1  Front page =======================================================
  * collabd.c - a real-time collaboration server that fits in a router.
  *
  * SPDX-License-Identifier: MIT
  *
  * What one client sends to the WebSocket /ws/NAME reaches every other client
  * of that name, whole, at once, and in one order that is the same for all.
+ * A document, /yjs/NAME, is such a room that is also kept and caught up on: what
+ * Yjs editors send is checked, written to a journal, and only then passed on.
  * Beside that there is what a browser needs to get there: HTTP, TLS, tokens,
- * and files from a folder.  The program is one process, one thread and one
- * poll() loop.  It takes its memory when it starts and never more; two
- * libraries, wslay and mbedTLS, do the framing and the cryptography.
+ * and files from a folder.  The program is one process and one poll() loop; a
+ * thread beside it does what takes long.  It takes its memory when it starts
+ * and never more; two libraries, wslay and mbedTLS, do the framing and the
+ * cryptography.
  *
  * A byte's way from one browser to the others:
  *
@@ -34,24 +37,31 @@
  *                                                 room_publish moves the head
  *
  *   A turn: poll ─▶ accept ─▶ read each readable client a little ─▶ whatever is
- *   due ─▶ flush the rooms ─▶ flush and free connections ─▶ one step of one TLS
- *   handshake.
+ *   due ─▶ append to journals ─▶ flush the rooms ─▶ flush and free connections
+ *   ─▶ hand TLS handshakes to their thread.
+ *
+ * A document's update goes the same way, with one station more: sync_update
+ * checks it and copies it into the document's tail and into the ring; before
+ * the rooms are flushed, sync_commit appends the tail's new bytes to the file,
+ * and what cannot be kept is taken back from both before anybody saw it.
  *
  * A publish costs one copy, however many members there are, and one system
  * call for each member and turn, however many messages there were.  Output has
- * three sources, control frames, a reply, the ring, and changes between them
- * only where a frame ends.
+ * three sources, control frames, a block of its own (a reply, a first sync) and
+ * the ring, and changes between them only where a frame ends.
  *
  * The memory sum, all of it fixed by the settings (`collabd --show-memory`
  * prints each line, --memory refuses a sum that is too large):
  *
- *     max-clients      x  a slot, its place in the poll set
- *   + max-rooms        x  a slot, 2 x ring (the bytes, the table of entries)
+ *     max-clients      x  two slots, a place in the poll set
+ *   + max-rooms        x  two slots, 2 x ring (the bytes, the table of entries)
  *   + message-memory      messages that are long or come in pieces
+ *   + doc-memory          documents: pages that come and go below that cap
  *   + max-requests     x  a request head and a piece of a reply
  *   + receive-buffers  x  wslay's context, which holds the receive buffer
  *   + 2                x  the token table, the one in use and its successor
  *   + max-tls          x  mbedTLS's buffers, and more during a handshake
+ *   + 2                x  a stack, for threads of handshakes and of the disk
  *   + the server itself
  *
  * It is touched only when used.  On top come the kernel's socket buffers, which
@@ -61,24 +71,30 @@
  * What can go wrong, and where the answer stands:
  *
  *   bytes that lie about lengths        2  spans check every bound
- *   requests read two ways (smuggling)  8  strict heads, no two framings
- *   frames against the rules, bad text  9  judged before they are used
- *   a page of a stranger's site        10  Origin
- *   a stranger's name for this host    10  Host (DNS rebinding)
- *   forged X-Forwarded-For             10  only from --trust-proxy
- *   guessed or leaked tokens           10  hashes, constant time; never logged
- *   a client that stops reading        11  overtaken and cut loose
- *   most clients slow                  11  their publishers wait, not for long
- *   a TLS write that was half taken    12  what is owed goes first, same length
- *   handshakes that hold up the rest   12, 16  max-handshakes, a step a turn
- *   a stolen CA key                    13  name constraints: this box only
- *   a clock that was never set         3, 13  not before the build
- *   a path that leaves the folder      14  walked without links, no `..`
- *   slow-loris, at every stage         15  each state has its deadline
- *   a peer that is gone silently       15  pings; any byte counts as life
- *   one client with all the buffers    16  stalled holders are evicted
- *   out of slots or descriptors        16  a spare one says 503; rest, no spin
- *   a reload with an error in it       17  all or nothing
+ *   an update that would break editors  7  the whole of it is checked first
+ *   a flipped bit, a torn write         8  CRCs; the rest is found again
+ *   requests read two ways (smuggling) 11  strict heads, no two framings
+ *   frames against the rules, bad text 12  judged before they are used
+ *   a page of a stranger's site        13  Origin
+ *   a stranger's name for this host    13  Host (DNS rebinding)
+ *   forged X-Forwarded-For             13  only from --trust-proxy
+ *   guessed or leaked tokens           13  hashes, constant time; never logged
+ *   a crash or power cut               14  appended before anybody sees it
+ *   a document without end             14  max-doc; memory to shrink held back
+ *   a client that stops reading        15  overtaken and cut loose
+ *   most clients slow                  15  their publishers wait, not for long
+ *   a disk that is full or fails       16  taken back, told, asked for again
+ *   awareness that crashes clients     16  parsed before it is passed on
+ *   a TLS write that was half taken    17  what is owed goes first, same length
+ *   handshakes that hold up the rest  4, 17, 21  a thread; max-handshakes
+ *   a stolen CA key                    18  name constraints: this box only
+ *   a clock that was never set         3, 18  not before the build
+ *   a path that leaves the folder      19  walked without links, no `..`
+ *   slow-loris, at every stage         20  each state has its deadline
+ *   a peer that is gone silently       20  pings; any byte counts as life
+ *   one client with all the buffers    21  stalled holders are evicted
+ *   out of slots or descriptors        21  a spare one says 503; rest, no spin
+ *   a reload with an error in it       22  all or nothing
  *
  * The book.  Each chapter uses only those before it: there are no forward
  * declarations of functions, so the compiler proves it.  A lower chapter never
@@ -90,20 +106,25 @@
  *    1  Front page    -                the plan; build switches, includes
  *    2  Bytes         span_ out_       checked reading and writing, UTF-8
  *    3  Machine       sys_ log_        system calls, the clock, log lines
- *    4  Settings      cfg_             every knob, in one table
- *    5  Rings         ring_            cursors, and who may overwrite what
- *    6  Tables        memory_ chunk_   every struct, its invariants, its place
- *    7  Counters      stat_            what is measured; text for /metrics
- *    8  HTTP          http_            a request head to a verdict
- *    9  Frames        ws_ receiver_    frames in; wslay's contexts, lent
- *   10  Access        access_          tokens, Origin, Host, proxies
- *   11  Rooms         room_            publish once, read by cursor; laggards
- *   12  Transport     net_ tls_        sockets and TLS behind one pair of calls
- *   13  Certificates  cert_            a CA for this box, and its leaf
- *   14  Files         file_            static files, and no way out
- *   15  Connections   conn_            the state machine; every way to leave
- *   16  The turn      loop_            wait, read, flush, deadlines
- *   17  The program   start_ program_  start and stop; collabd.h's calls; main
+ *    4  Worker        work_            threads for what takes long
+ *    5  Settings      cfg_             every knob, in one table
+ *    6  Rings         ring_            cursors, and who may overwrite what
+ *    7  Sync codec    y_               Yjs updates as bytes: check, merge, diff
+ *    8  Journal       jrnl_            files that survive a power cut
+ *    9  Tables        memory_ chunk_   every struct, its invariants, its place
+ *   10  Counters      stat_            what is measured; text for /metrics
+ *   11  HTTP          http_            a request head to a verdict
+ *   12  Frames        ws_ receiver_    frames in; wslay's contexts, lent
+ *   13  Access        access_          tokens, Origin, Host, proxies
+ *   14  Documents     doc_ aware_      snapshot and tail; kept and made smaller
+ *   15  Rooms         room_            publish once, read by cursor; laggards
+ *   16  Sync          sync_            what a document's member says and is told
+ *   17  Transport     net_ tls_        sockets and TLS behind one pair of calls
+ *   18  Certificates  cert_            a CA for this box, and its leaf
+ *   19  Files         file_            static files, and no way out
+ *   20  Connections   conn_            the state machine; every way to leave
+ *   21  The turn      loop_            wait, read, flush, deadlines
+ *   22  The program   start_ program_  start and stop; collabd.h's calls; main
  *
  * collabd.h has the limits with the reason for each, the close codes and the
  * calls to embed the server.  Tests include this file (COLLABD_NO_MAIN) and so
@@ -111,6 +132,7 @@
  * ========================================================================= */
 
 #define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64 /* else inodes of large disks are an error */
 
 #include "collabd.h"
 
@@ -119,6 +141,7 @@
 #endif
 
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -130,12 +153,14 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <pwd.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/random.h>
@@ -166,7 +191,7 @@
 #endif
 #include <wslay/wslay.h>
 
-/* ===== 2  Bytes =============================================================
+/* ===== 2  Bytes ============================================================
  * Reading and writing foreign bytes with every bound checked.
  *
  * A span borrows bytes.  A parser takes `struct span *in`, advances it only
@@ -557,7 +582,7 @@ span_matches(struct span s, struct span glob)
         }
     }
 }
-/* ===== 3  Machine ===========================================================
+/* ===== 3  Machine ==========================================================
  * What can fail outside, the clock, and how we speak.
  *
  * System calls that can fail go through `sys`, so that a test can make the
@@ -581,9 +606,25 @@ static struct {
     ssize_t (*write)(int, const void *, size_t);
     int (*fsync)(int);
     int (*renameat)(int, const char *, int, const char *);
+    int (*unlinkat)(int, const char *, int);
+    int (*mkdirat)(int, const char *, mode_t);
+    int (*faccessat)(int, const char *, int, int);
+    int (*fstat)(int, struct stat *);
+    int (*flock)(int, int);
+    ssize_t (*pwritev)(int, const struct iovec *, int, off_t);
+    int (*ftruncate)(int, off_t);
+    int (*fdatasync)(int);
+    DIR *(*fdopendir)(int);
+    struct dirent *(*readdir)(DIR *);
+    void *(*mmap)(void *, size_t, int, int, int, off_t);
+    void *(*mremap)(void *, size_t, size_t, int, ...);
+    int (*pthread_create)(pthread_t *, const pthread_attr_t *,
+                          void *(*)(void *), void *);
 } sys = { ppoll, accept4, recv, send, sendmsg, openat,
           read, pread, close, calloc, clock_gettime,
-          write, fsync, renameat };
+          write, fsync, renameat, unlinkat, mkdirat, faccessat, fstat,
+          flock, pwritev, ftruncate, fdatasync, fdopendir, readdir,
+          mmap, mremap, pthread_create };
 
 /* Milliseconds since some moment in the past, never going back. */
 static int64_t now_ms;
@@ -800,7 +841,182 @@ sys_notify(int fd, const char *state)
                             MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
         log_say(LOG_LEVEL_DEBUG, "NOTIFY_SOCKET: %s", strerror(errno));
 }
-/* ===== 4  Settings ==========================================================
+/* ===== 4  Worker ===========================================================
+ * Threads beside the turn, for work that would hold everybody up.
+ *
+ *    the turn  work_post ─▶ lane's todo ─▶ run() ─▶ done ─▶ work_collect
+ *                                      a thread            the turn again
+ *
+ * A job is a struct inside its owner: from work_post until work_collect gives
+ * it back it is the thread's, with all that its run() touches.  Nothing else is
+ * shared, so one lock is enough, and it guards the lists.  The turn is woken
+ * through a descriptor in its poll set; it waits for a thread only at the end.
+ *
+ * Each lane has a thread of its own, so that what is short never waits behind
+ * what is long.  It begins with the lane's first job: whoever needs none has
+ * none, and it never runs as the user of before start_drop.  Where there can be
+ * no thread, work_post says so, and the caller does the work itself.
+ * ========================================================================= */
+
+enum work_lane {
+    WORK_CRYPTO, /* handshakes: milliseconds, on a small router 100 */
+    WORK_DISK,   /* what waits for the disk, and large merges */
+    WORK_LANES
+};
+
+struct collabd;
+
+struct work {
+    void (*run)(struct work *);                    /* by a thread */
+    void (*done)(struct collabd *, struct work *); /* by a turn, later */
+    struct work *next;
+};
+
+/* First come, first served. */
+struct work_list {
+    struct work *first, *last;
+};
+
+struct workers {
+    pthread_mutex_t lock;
+    struct work_list done;
+    bool stopping;
+    int wake;    /* readable when something is done; -1: no thread yet */
+    bool failed; /* there can be no thread */
+    struct work_thread {
+        struct workers *all;
+        bool runs;
+        pthread_t id;
+        pthread_cond_t posted;
+        struct work_list todo;
+    } lane[WORK_LANES];
+};
+
+#define WORK_STACK (128u << 10) /* a handshake was seen to need 12 KiB */
+#define WORK_NICE 10            /* on a single CPU the turn goes first */
+
+static void
+work_list_add(struct work_list *l, struct work *w)
+{
+    w->next = NULL;
+    if (l->first == NULL)
+        l->first = w;
+    else
+        l->last->next = w;
+    l->last = w;
+}
+
+static void *
+work_thread(void *lane)
+{
+    struct work_thread *t = lane;
+    struct workers *all = t->all;
+    const uint64_t one = 1;
+    struct work *w;
+
+    (void)nice(WORK_NICE); /* with Linux that is the thread's alone */
+    (void)pthread_mutex_lock(&all->lock);
+    for (;;) {
+        while ((w = t->todo.first) == NULL && !all->stopping)
+            (void)pthread_cond_wait(&t->posted, &all->lock);
+        if (w == NULL)
+            break;
+        t->todo.first = w->next;
+        (void)pthread_mutex_unlock(&all->lock);
+        w->run(w);
+        (void)pthread_mutex_lock(&all->lock);
+        work_list_add(&all->done, w);
+        /* the turn goes first: it shall not find the lock taken */
+        (void)pthread_mutex_unlock(&all->lock);
+        must(write(all->wake, &one, sizeof one) == sizeof one);
+        (void)pthread_mutex_lock(&all->lock);
+    }
+    (void)pthread_mutex_unlock(&all->lock);
+    return NULL;
+}
+
+/* Begins a lane's thread, with all signals blocked: they are for the turn. */
+static bool
+work_start(struct workers *all, struct work_thread *t)
+{
+    pthread_attr_t attr; /* nothing in it is to be freed */
+    sigset_t ours, none;
+    int error;
+
+    if (all->wake < 0) {
+        all->lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+        all->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    }
+    t->all = all;
+    t->posted = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    (void)pthread_attr_init(&attr);
+    (void)pthread_attr_setstacksize(&attr, WORK_STACK);
+    (void)sigfillset(&none);
+    (void)pthread_sigmask(SIG_SETMASK, &none, &ours);
+    error = all->wake < 0
+                ? errno
+                : sys.pthread_create(&t->id, &attr, work_thread, t);
+    (void)pthread_sigmask(SIG_SETMASK, &ours, NULL);
+    if (error != 0)
+        log_say(LOG_LEVEL_WARNING, "no thread for what takes long, so it will "
+                "hold up the rest: %s", strerror(error));
+    t->runs = error == 0;
+    all->failed = error != 0;
+    return t->runs;
+}
+
+/* Hands a job to a lane.  False: there is no thread; the caller is to do it
+ * here and now.  (Without TLS nobody has any.) */
+static bool __attribute__((unused))
+work_post(struct workers *all, enum work_lane lane, struct work *w)
+{
+    struct work_thread *t = &all->lane[lane];
+
+    if (!t->runs && (all->failed || !work_start(all, t)))
+        return false;
+    (void)pthread_mutex_lock(&all->lock);
+    work_list_add(&t->todo, w);
+    (void)pthread_cond_signal(&t->posted);
+    (void)pthread_mutex_unlock(&all->lock);
+    return true;
+}
+
+/* All that was done since the last time, linked by .next. */
+static struct work *
+work_collect(struct workers *all)
+{
+    struct work *first;
+    uint64_t count;
+
+    (void)sys.read(all->wake, &count, sizeof count);
+    (void)pthread_mutex_lock(&all->lock);
+    first = all->done.first;
+    all->done.first = NULL;
+    (void)pthread_mutex_unlock(&all->lock);
+    return first;
+}
+
+/* Ends the threads; what was posted is done first.  From now on nothing can be
+ * posted. */
+static void
+work_stop(struct workers *all)
+{
+    all->failed = true;
+    if (all->wake < 0)
+        return;
+    (void)pthread_mutex_lock(&all->lock);
+    all->stopping = true;
+    (void)pthread_mutex_unlock(&all->lock);
+    for (unsigned i = 0; i < WORK_LANES; i++) {
+        struct work_thread *t = &all->lane[i];
+        if (!t->runs)
+            continue;
+        (void)pthread_cond_signal(&t->posted);
+        (void)pthread_join(t->id, NULL);
+        t->runs = false;
+    }
+}
+/* ===== 5  Settings =========================================================
  * Every knob, its range, default and effect, in one table.  A flag --name and
  * a line `name = value` of the configuration file are the same setting; flags
  * win.  The table makes the parser, --help and the check against the manual.
@@ -823,6 +1039,13 @@ sys_notify(int fd, const char *state)
     X(HOST,  host,             "",        0,     0,         LIVE,  "NAME",    "also answer to this host name") \
     X(PEER,  trust_proxy,      "",        0,     0,         LIVE,  "ADDR",    "believe X-Forwarded-For from this address, or from unix sockets with \"unix\"") \
     X(TEXT,  www,              "",        0,     0,         START, "DIR",     "serve the files in DIR") \
+    X(TEXT,  data,             "",        0,     0,         START, "DIR",     "keep documents in DIR, made if it is not there; without it they live in memory") \
+    X(CHOICE, fsync,           "interval", 0,    0,         START, "interval|always", "when what was written must be on the disk: within a second, or before anybody sees it") \
+    X(SIZE,  write_budget,     "0",       0,     INT64_C(1) << 40, LIVE, "SIZE", "bytes an hour to spare flash: waits longer, up to 60 s, between syncs as it is used up (0: no limit)") \
+    X(SIZE,  doc_memory,       "16M",     1 << 20, INT64_C(1) << 40, START, "SIZE", "for all open documents") \
+    X(SIZE,  max_doc,          "0",       0,     1 << 30,   LIVE,  "SIZE",    "longest document (0: a quarter of doc-memory)") \
+    X(CHOICE, gc,              "auto",    0,     0,         LIVE,  "auto|full|off", "deleted content: dropped where that saves space, all of it, or kept") \
+    X(FLAG,  yjs_at_root,      "no",      0,     0,         START, "",        "serve documents at /NAME too, as stock examples expect") \
     X(SIZE,  max_clients,      "256",     1,     COLLABD_CLIENTS_CEILING, START, "N", "connections at a time") \
     X(SIZE,  max_rooms,        "64",      1,     COLLABD_ROOMS_CEILING, START, "N", "rooms at a time") \
     X(SIZE,  max_per_ip,       "0",       0,     COLLABD_CLIENTS_CEILING, LIVE, "N", "connections from one address, IPv6 by /64 (0: no limit)") \
@@ -841,7 +1064,7 @@ sys_notify(int fd, const char *state)
     X(SIZE,  ping_interval,    "25",      1,     3600,      LIVE,  "SECONDS", "ping a client that was silent for so long") \
     X(SIZE,  dead_after,       "50",      2,     7200,      LIVE,  "SECONDS", "drop a client that was silent for so long") \
     X(SIZE,  request_timeout,  "10",      1,     3600,      LIVE,  "SECONDS", "for a request head, a TLS handshake, a wait for memory") \
-    X(LEVEL, log_level,        "info",    0,     0,         LIVE,  "LEVEL",   "error, warning, info or debug") \
+    X(CHOICE, log_level,       "info",    0,     0,         LIVE,  "error|warning|info|debug", "how much to say") \
     X(FLAG,  syslog,           "no",      0,     0,         START, "",        "log to syslog instead of standard error") \
     X(TEXT,  user,             "",        0,     0,         START, "NAME",    "become this user once the sockets are open") \
     X(TEXT,  chroot,           "",        0,     0,         START, "DIR",     "see only DIR from then on") \
@@ -852,6 +1075,11 @@ sys_notify(int fd, const char *state)
     X(check,       "",     "check all settings and files, then exit") \
     X(show_memory, "",     "print the memory that these settings take, then exit") \
     X(make_cert,   "DIR",  "make a certificate authority and a certificate for this machine in DIR, then exit") \
+    X(list,        "DIR",  "list the documents in DIR with their bytes and records, then exit") \
+    X(fsck,        "DIR",  "look for damage in the documents of DIR, then exit; nothing is changed") \
+    X(export,      "DIR NAME", "write a document to standard output as a Yjs update, then exit") \
+    X(import,      "DIR NAME", "add a Yjs update from standard input to a document, then exit") \
+    X(delete,      "DIR NAME", "remove a document and what was kept aside of it, then exit") \
     X(make_token,  "",     "print a new token and its line for the tokens file, then exit") \
     X(help,        "",     "print this") \
     X(version,     "",     "print the versions of collabd and its libraries")
@@ -872,7 +1100,7 @@ struct cfg_list {
 #define CFG_FIELD_OCTAL uint64_t
 #define CFG_FIELD_SIZE  uint64_t
 #define CFG_FIELD_POWER uint64_t
-#define CFG_FIELD_LEVEL uint64_t
+#define CFG_FIELD_CHOICE uint64_t
 #define CFG_FIELD_FLAG  uint64_t
 
 struct cfg {
@@ -886,7 +1114,7 @@ struct cfg {
 
 enum cfg_kind {
     CFG_ADDR, CFG_ORIGIN, CFG_HOST, CFG_PEER, /* lists of texts */
-    CFG_TEXT, CFG_OCTAL, CFG_SIZE, CFG_POWER, CFG_LEVEL, CFG_FLAG
+    CFG_TEXT, CFG_OCTAL, CFG_SIZE, CFG_POWER, CFG_CHOICE, CFG_FLAG
 };
 enum cfg_when { CFG_START, CFG_LIVE };
 
@@ -898,7 +1126,7 @@ static const struct cfg_setting {
     enum cfg_when when;
     size_t field;
     int64_t least, most;
-    char def[8], value[8];
+    char def[10], value[26]; /* of a CHOICE: its words */
     const char *help;
 } cfg_settings[] = {
 #define X(kind, name, def, least, most, when, value, help)               \
@@ -1084,7 +1312,7 @@ cfg_judge_element(enum cfg_kind kind, struct span s)
     case CFG_OCTAL:
     case CFG_SIZE:
     case CFG_POWER:
-    case CFG_LEVEL:
+    case CFG_CHOICE:
     case CFG_FLAG:
         break;
     }
@@ -1118,7 +1346,7 @@ cfg_set_text(struct cfg *c, const struct cfg_setting *set, struct span value,
 {
     const char *wanted = cfg_judge_element(set->kind, value);
     struct cfg_list *list = cfg_field(c, set);
-    char needs[40];
+    char needs[64];
 
     if (span_has(value, 0) || span_is_empty(value)) {
         (void)snprintf(needs, sizeof needs, "it needs a value, %s", set->value);
@@ -1157,6 +1385,16 @@ cfg_parse_octal(struct span text, uint64_t *out)
     return true;
 }
 
+/* The number of a word among `one|two|three`. */
+static bool
+cfg_parse_choice(struct span words, struct span word, uint64_t *n)
+{
+    for (*n = 0; !span_is_empty(words); ++*n)
+        if (span_equals(span_cut(&words, '|'), word))
+            return true;
+    return false;
+}
+
 static bool
 cfg_set_size(const struct cfg_setting *set, struct span value,
              const char *where, uint64_t *n)
@@ -1186,6 +1424,7 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
         const char *where)
 {
     uint64_t n = 0;
+    char words[64];
 
     switch (set->kind) {
     case CFG_ADDR:
@@ -1204,12 +1443,11 @@ cfg_set(struct cfg *c, const struct cfg_setting *set, struct span value,
         if (!cfg_set_size(set, value, where, &n))
             return false;
         break;
-    case CFG_LEVEL:
-        while (n < 4 && !span_is(value, log_names[n]))
-            n++;
-        if (n == 4)
-            return cfg_refuse(set, value, where,
-                              "it may be error, warning, info or debug");
+    case CFG_CHOICE:
+        if (!cfg_parse_choice(span_text(set->value), value, &n)) {
+            (void)snprintf(words, sizeof words, "it may be %s", set->value);
+            return cfg_refuse(set, value, where, words);
+        }
         break;
     case CFG_FLAG:
         n = span_is(value, "yes");
@@ -1302,10 +1540,11 @@ cfg_path(int argc, char *const argv[])
     return path;
 }
 
-/* What flags say.  A list given by flags replaces the file's. */
+/* What flags say.  A list given by flags replaces the file's.  An action has
+ * at most two operands. */
 static bool
 cfg_flags(struct cfg *c, int argc, char *const argv[], enum cfg_action *action,
-          const char **operand)
+          const char *operand[2])
 {
     bool from_flags[CFG_COUNT] = { false };
 
@@ -1358,7 +1597,15 @@ cfg_flags(struct cfg *c, int argc, char *const argv[], enum cfg_action *action,
         if (set == NULL) {
             if (a != CFG_ACTION_config) {
                 *action = (enum cfg_action)a;
-                *operand = (const char *)value.at;
+                operand[0] = (const char *)value.at;
+                if (strchr(cfg_actions[a].value, ' ') != NULL) {
+                    if (i + 1 == argc) {
+                        log_say(LOG_LEVEL_ERROR, "%s needs two values, %s",
+                                where, cfg_actions[a].value);
+                        return false;
+                    }
+                    operand[1] = argv[++i];
+                }
             }
             continue;
         }
@@ -1415,7 +1662,7 @@ cfg_settle(struct cfg *c)
  * already open as a folder).  False: refused and said. */
 static bool
 cfg_read(struct cfg *c, int argc, char *const argv[], struct sys_file file,
-         enum cfg_action *action, const char **operand)
+         enum cfg_action *action, const char *operand[2])
 {
     const char *path = cfg_path(argc, argv);
 
@@ -1480,7 +1727,8 @@ cfg_help(FILE *to)
                   "usage: collabd [--flag value]...\n\n"
                   "A server for clients that change things together on a "
                   "LAN: what one sends to\n/ws/NAME reaches all others "
-                  "there, in one order.\n\n");
+                  "there, in one order; Yjs editors meet at /yjs/NAME,\nand "
+                  "with --data their documents are kept.\n\n");
     for (size_t i = 0; i < CFG_COUNT; i++) {
         (void)snprintf(flag, sizeof flag, "--%s %s",
                        cfg_typed(cfg_settings[i].name, typed),
@@ -1499,7 +1747,7 @@ cfg_help(FILE *to)
     }
     (void)fprintf(to, "\nSizes take K, M, G.  Manual: collabd(8).\n");
 }
-/* ===== 5  Rings =============================================================
+/* ===== 6  Rings ============================================================
  * A ring is lent memory, a table of entries, and numbers that only grow.
  * Readers are not in the ring: each keeps its own cursor, so one copy of a
  * message serves a whole room.
@@ -1512,7 +1760,7 @@ cfg_help(FILE *to)
  *        tail_at          entry e.at           head_at
  *   ───────┴──────────────────┴───────────────────┴──────▶   bytes ever put in
  *
- *   invariants   1  tail <= head,           head - tail <= slots
+ *   invariants   1  tail <= shown <= head,  head - tail <= slots
  *                2  tail_at <= head_at,     head_at - tail_at <= size
  *                3  size is a power of two, slots = size / RING_CHARGE
  *                4  pos grows by the charge of each entry: its frame's length,
@@ -1549,6 +1797,7 @@ struct ring {
     uint64_t size;
     uint64_t tail, head;       /* entry numbers */
     uint64_t tail_at, head_at; /* bytes ever taken away, ever put in */
+    uint64_t shown, shown_at;  /* so far members may see: at most the head */
     uint64_t pos;              /* charges of all entries ever */
 };
 
@@ -1582,11 +1831,27 @@ ring_fits(const struct ring *r, uint64_t n)
            r->head_at - r->tail_at + n <= r->size;
 }
 
+/* Lets members see what was put in before that entry. */
+static void
+ring_show(struct ring *r, uint64_t entry)
+{
+    if (entry <= r->shown)
+        return;
+    must(entry <= r->head);
+    r->shown = entry;
+    r->shown_at = entry == r->head ? r->head_at : ring_entry(r, entry)->at;
+}
+
 /* Takes the oldest entry away. */
 static void
 ring_drop(struct ring *r)
 {
     must(r->tail < r->head);
+    if (r->shown == r->tail) { /* nobody saw it, and nobody will */
+        r->shown++;
+        r->shown_at = r->shown == r->head ? r->head_at
+                                          : ring_entry(r, r->shown)->at;
+    }
     r->tail++;
     r->tail_at = r->tail == r->head ? r->head_at : ring_entry(r, r->tail)->at;
 }
@@ -1636,17 +1901,17 @@ ring_peek(const struct ring *r, uint64_t at, uint64_t n, struct iovec out[2])
     return 2;
 }
 
-/* The entry in [from, head) that holds the byte `at`, which was put in later
- * than entry `from` began; the head if all of them lie before it.  Blocks take
+/* The entry in [from, shown) that holds the byte `at`, which was put in later
+ * than entry `from` began; `shown` if all of them lie before it.  Blocks take
  * no bytes, so the last entry that begins at or before `at` is the one, and a
  * binary search finds it. */
 static uint64_t
 ring_find(const struct ring *r, uint64_t from, uint64_t at)
 {
-    uint64_t low = from, high = r->head;
+    uint64_t low = from, high = r->shown;
 
-    if (at == r->head_at)
-        return r->head;
+    if (at == r->shown_at)
+        return r->shown;
     while (high - low > 1) {
         uint64_t mid = low + (high - low) / 2;
         if (ring_entry(r, mid)->at <= at)
@@ -1663,7 +1928,10 @@ ring_check(const struct ring *r)
     uint64_t pos, at;
 
     must((r->size & (r->size - 1)) == 0);
-    must(r->tail <= r->head && r->head - r->tail <= r->size / RING_CHARGE);
+    must(r->tail <= r->shown && r->shown <= r->head);
+    must(r->head - r->tail <= r->size / RING_CHARGE);
+    must(r->shown_at == (r->shown == r->head ? r->head_at
+                                             : ring_entry(r, r->shown)->at));
     must(r->tail_at <= r->head_at && r->head_at - r->tail_at <= r->size);
     pos = ring_pos(r, r->tail);
     at = r->tail_at;
@@ -1675,7 +1943,3421 @@ ring_check(const struct ring *r)
     }
     must(pos == r->pos && at == r->head_at);
 }
-/* ===== 6  Tables ============================================================
+/* ===== 7  Sync codec ========================================================
+ * Yjs documents as bytes.  An update (encoding V1) is checked, merged, cut and
+ * cleaned without ever building the document it describes.
+ *
+ *   update    := clients, clients x section, delete set
+ *   section   := structs, client, clock, structs x struct
+ *   struct    := info, [left id], [right id], [parent], [key], content
+ *   deletes   := clients, clients x (client, ranges, ranges x (clock, length))
+ *
+ * Numbers are lib0's: seven bits a byte, the lowest first, at most 2^53 - 1.
+ * A client numbers the units it makes (UTF-16 units, list elements, ...) with
+ * clocks; a struct holds the units [clock, clock + length).  Its clock does not
+ * stand in it: it is the section's plus the lengths before it.  All references
+ * are absolute, so a struct is copied as it is wherever it goes; and a struct
+ * of n units is n structs of one unit, each with the one before as its left
+ * neighbour and all with the same right one.  Cutting and fusing rest on that.
+ *
+ * Every operation is the same few steps in lent memory:
+ *
+ *   load    each struct and each delete range becomes a part (48 bytes) that
+ *           points to its bytes; parts are numbered in the order of arrival
+ *   sort    an order of part numbers: structs, then ranges; clients descending,
+ *           clocks ascending, of equals the earlier arrival first
+ *   sweep   where parts overlap, the earlier arrival keeps the units and the
+ *           later fills the holes.  Parts that only cover (what a state vector
+ *           or a document has already) are then dropped: that makes diff and
+ *           minus out of merge
+ *   clean   deleted content is cut away, what lies below it becomes GC
+ *   fuse    parts that continue the one before are marked
+ *   write   twice: once to count, once for good
+ *
+ * All of it is O(n log n) in the bytes and parts that go in, whatever they say.
+ * ========================================================================= */
+
+/* The largest whole number a JavaScript client holds exactly. */
+#define Y_MAX ((UINT64_C(1) << 53) - 1)
+
+/* How deep lists and objects may be nested inside a value.  Clients read them
+ * by recursion. */
+#define Y_DEPTH 100
+
+/* ----- lib0's numbers --------------------------------------------------- */
+
+/* False: cut short, longer than 8 bytes, or more than Y_MAX. */
+static bool
+y_uint(struct span *in, uint64_t *v)
+{
+    size_t len = span_len(*in);
+    uint64_t n = 0;
+
+    for (unsigned i = 0; i < 8 && i < len; i++) {
+        n |= (uint64_t)(in->at[i] & 127) << 7 * i;
+        if (in->at[i] < 128) {
+            if (n > Y_MAX)
+                return false;
+            in->at += i + 1;
+            *v = n;
+            return true;
+        }
+    }
+    return false;
+}
+
+static void
+out_uint(struct out *o, uint64_t v)
+{
+    uint8_t bytes[10];
+    size_t n = 0;
+
+    for (; v > 127; v >>= 7)
+        bytes[n++] = (uint8_t)(v | 128);
+    bytes[n++] = (uint8_t)v;
+    out_bytes(o, bytes, n);
+}
+
+static size_t
+y_uint_len(uint64_t v)
+{
+    size_t n = 1;
+
+    for (; v > 127; v >>= 7)
+        n++;
+    return n;
+}
+
+/* ----- a reader ------------------------------------------------------------
+ * Read on, ask `fault` once: after the first fault there is nothing left to
+ * read and every number is 0. */
+
+struct y_in {
+    struct span in;
+    const char *fault;
+    const uint8_t *fault_at;
+    bool odd; /* something was not written as we would write it */
+};
+
+static struct y_in
+y_over(const uint8_t *at, size_t len)
+{
+    return (struct y_in){ .in = span_of(at, len) };
+}
+
+static void
+y_fail(struct y_in *r, const char *fault)
+{
+    if (r->fault != NULL)
+        return;
+    r->fault = fault;
+    r->fault_at = r->in.at;
+    r->in.at = r->in.end;
+}
+
+static struct span
+y_take(struct y_in *r, uint64_t n)
+{
+    struct span s = { r->in.at, r->in.at };
+
+    if (n > span_len(r->in)) {
+        y_fail(r, "cut short");
+        return s;
+    }
+    r->in.at += n;
+    s.end = r->in.at;
+    return s;
+}
+
+static uint8_t
+y_byte(struct y_in *r)
+{
+    struct span s = y_take(r, 1);
+
+    return span_is_empty(s) ? 0 : *s.at;
+}
+
+static uint64_t
+y_get(struct y_in *r)
+{
+    const uint8_t *from = r->in.at;
+    uint64_t v;
+
+    if (!y_uint(&r->in, &v)) {
+        y_fail(r, "a number cut short or too large");
+        return 0;
+    }
+    if (r->in.at - from > 1 && r->in.at[-1] == 0)
+        r->odd = true;
+    return v;
+}
+
+/* How many things follow, each of at least so many bytes. */
+static uint64_t
+y_count(struct y_in *r, size_t each)
+{
+    uint64_t n = y_get(r);
+
+    if (n <= span_len(r->in) / each)
+        return n;
+    y_fail(r, "more announced than follows");
+    return 0;
+}
+
+static struct span
+y_text(struct y_in *r)
+{
+    struct span s = y_take(r, y_get(r));
+    struct utf8 u = { 0 };
+
+    if (!utf8_check(&u, s) || !utf8_is_complete(&u))
+        y_fail(r, "text that is not UTF-8");
+    return s;
+}
+
+/* A signed number: six bits in the first byte.  -0 is a number of its own. */
+static void
+y_skip_int(struct y_in *r)
+{
+    uint8_t b = y_byte(r);
+    uint64_t v = b & 63;
+
+    for (unsigned shift = 6; b > 127; shift += 7) {
+        if (shift > 48) {
+            y_fail(r, "a number cut short or too large");
+            return;
+        }
+        b = y_byte(r);
+        v |= (uint64_t)(b & 127) << shift;
+    }
+    if (v > Y_MAX)
+        y_fail(r, "a number cut short or too large");
+}
+
+/* A value in lib0's any-encoding.  `left` counts what is still to come of each
+ * open list or object, twice; the lowest bit says that it is an object. */
+static void
+y_skip_any(struct y_in *r)
+{
+    uint64_t left[Y_DEPTH];
+    unsigned depth = 0;
+
+    do {
+        uint64_t n = 0;
+        if (depth > 0 && (left[depth - 1] & 1) != 0)
+            (void)y_text(r);
+        switch (y_byte(r)) {
+        case 127: case 126: case 121: case 120: /* undefined null false true */
+            break;
+        case 125:
+            y_skip_int(r);
+            break;
+        case 124: /* float32 */
+            (void)y_take(r, 4);
+            break;
+        case 123: case 122: /* float64, bigint */
+            (void)y_take(r, 8);
+            break;
+        case 119:
+            (void)y_text(r);
+            break;
+        case 118:
+            n = y_count(r, 2) << 1 | 1;
+            break;
+        case 117:
+            n = y_count(r, 1) << 1;
+            break;
+        case 116: /* bytes */
+            (void)y_take(r, y_get(r));
+            break;
+        default:
+            y_fail(r, "an unknown kind of value");
+        }
+        if (n > 1 && depth == Y_DEPTH)
+            y_fail(r, "nested too deep");
+        else if (n > 1)
+            left[depth++] = n;
+        else
+            while (depth > 0 && (left[depth - 1] -= 2) < 2)
+                depth--;
+    } while (depth > 0 && r->fault == NULL);
+}
+
+/* ----- JSON ------------------------------------------------------------- */
+
+/* The next byte that is not white space, taken; 0 at the end, and of a NUL,
+ * which is left there. */
+static uint8_t
+json_next(struct span *s)
+{
+    while (s->at < s->end && *s->at != 0) {
+        uint8_t b = *s->at++;
+        if (b != ' ' && b != '\t' && b != '\n' && b != '\r')
+            return b;
+    }
+    return 0;
+}
+
+/* The rest of a string, whose opening quote was taken. */
+static bool
+json_string(struct span *s)
+{
+    while (s->at < s->end) {
+        uint8_t b = *s->at++;
+        if (b == '"')
+            return true;
+        if (b < 0x20)
+            return false;
+        if (b != '\\')
+            continue;
+        b = s->at < s->end ? *s->at++ : 0;
+        if (b == 0 || strchr("\"\\/bfnrtu", b) == NULL)
+            return false;
+        for (int i = 0; b == 'u' && i < 4; i++)
+            if (s->at == s->end || hex_value(*s->at++) < 0)
+                return false;
+    }
+    return false;
+}
+
+static bool
+json_digits(struct span *s)
+{
+    const uint8_t *from = s->at;
+
+    while (s->at < s->end && byte_is_digit(*s->at))
+        s->at++;
+    return s->at > from;
+}
+
+/* A number, true, false or null. */
+static bool
+json_scalar(struct span *s)
+{
+    static const char *const words[] = { "true", "false", "null" };
+
+    for (int i = 0; i < 3; i++)
+        if (span_starts(*s, words[i])) {
+            s->at += strlen(words[i]);
+            return true;
+        }
+    if (span_starts(*s, "-"))
+        s->at++;
+    if (span_starts(*s, "0"))
+        s->at++;
+    else if (!json_digits(s))
+        return false;
+    if (span_starts(*s, ".")) {
+        s->at++;
+        if (!json_digits(s))
+            return false;
+    }
+    if (span_starts(*s, "e") || span_starts(*s, "E")) {
+        s->at++;
+        if (span_starts(*s, "+") || span_starts(*s, "-"))
+            s->at++;
+        return json_digits(s);
+    }
+    return true;
+}
+
+static bool
+json_key(struct span *s)
+{
+    return json_next(s) == '"' && json_string(s) && json_next(s) == ':';
+}
+
+/* Is the whole span one JSON value (RFC 8259), as JSON.parse sees it?  The
+ * caller has checked that it is UTF-8. */
+static bool
+json_check(struct span s)
+{
+    uint8_t closer[Y_DEPTH];
+    unsigned depth = 0;
+
+    for (;;) {
+        uint8_t b = json_next(&s);
+        if (b == '{' || b == '[') {
+            struct span ahead = s;
+            if (depth == Y_DEPTH)
+                return false;
+            closer[depth++] = b == '{' ? '}' : ']';
+            if (json_next(&ahead) != closer[depth - 1]) {
+                if (b == '{' && !json_key(&s))
+                    return false;
+                continue;
+            }
+        } else if (b == '"') {
+            if (!json_string(&s))
+                return false;
+        } else {
+            if (b == 0)
+                return false;
+            s.at--;
+            if (!json_scalar(&s))
+                return false;
+        }
+        for (;;) { /* behind a value */
+            b = json_next(&s);
+            if (depth == 0)
+                return b == 0 && s.at == s.end;
+            if (b == ',') {
+                if (closer[depth - 1] == '}' && !json_key(&s))
+                    return false;
+                break;
+            }
+            if (b != closer[--depth])
+                return false;
+        }
+    }
+}
+
+/* ----- parts ------------------------------------------------------------ */
+
+enum y_kind { /* as on the wire, up to Y_SKIP */
+    Y_GC,
+    Y_DELETED,
+    Y_JSON,
+    Y_BINARY,
+    Y_STRING,
+    Y_EMBED,
+    Y_FORMAT,
+    Y_TYPE,
+    Y_ANY,
+    Y_DOC,
+    Y_SKIP,
+    Y_RANGE /* of the delete set */
+};
+
+/* Bits of a struct's info byte. */
+enum { Y_INFO_KEY = 0x20, Y_INFO_RIGHT = 0x40, Y_INFO_LEFT = 0x80 };
+
+enum {
+    Y_CUT = 1,         /* a part was cut off in front: its left neighbour is
+                          the unit before, it has no parent field */
+    Y_HALF_FIRST = 2,  /* half of a surrogate pair goes ahead of the bytes, */
+    Y_HALF_LAST = 4,   /* or follows them: U+FFFD in UTF-8 */
+    Y_COVER = 8,       /* only covers what comes later */
+    Y_FUSED = 16       /* continues the part before it */
+};
+
+/* A struct, what is left of one, or a delete range. */
+struct y_part {
+    uint64_t client;
+    uint64_t clock, end;  /* its units are [clock, end) */
+    const uint8_t *head;  /* the struct's first byte */
+    uint32_t skip, bytes; /* its content: so many bytes at head + skip */
+    uint32_t link;        /* the sweep's heap; who waits for this one's fate */
+    uint8_t kind;         /* enum y_kind */
+    uint8_t flags;
+    uint8_t fate;         /* enum y_fate */
+};
+
+struct y_id {
+    uint64_t client, clock;
+};
+
+/* What stands between a struct's info byte and its content. */
+struct y_head {
+    bool has_left, has_right;
+    bool has_root, has_parent, has_key; /* none of them beside left or right */
+    struct y_id left, right, parent;
+    struct span root, key;
+};
+
+static struct y_id
+y_get_id(struct y_in *r)
+{
+    struct y_id id;
+
+    id.client = y_get(r);
+    id.clock = y_get(r);
+    return id;
+}
+
+static void
+y_get_head(struct y_in *r, uint8_t info, struct y_head *h)
+{
+    *h = (struct y_head){ .has_left = (info & Y_INFO_LEFT) != 0,
+                          .has_right = (info & Y_INFO_RIGHT) != 0 };
+    if (h->has_left)
+        h->left = y_get_id(r);
+    if (h->has_right)
+        h->right = y_get_id(r);
+    if (h->has_left || h->has_right) {
+        /* Yjs leaves the bit of a key that it does not write. */
+        r->odd = r->odd || (info & Y_INFO_KEY) != 0;
+        return;
+    }
+    switch (y_get(r)) {
+    case 0:
+        h->has_parent = true;
+        h->parent = y_get_id(r);
+        break;
+    case 1:
+        h->has_root = true;
+        h->root = y_text(r);
+        break;
+    default:
+        y_fail(r, "an unknown kind of parent");
+    }
+    h->has_key = (info & Y_INFO_KEY) != 0;
+    if (h->has_key)
+        h->key = y_text(r);
+}
+
+/* The head of a part that is a struct with one.  Of what it was cut from only
+ * the right neighbour is read: names are long, and parts may be many. */
+static void
+y_head(const struct y_part *p, struct y_head *h)
+{
+    struct y_in r = y_over(p->head + 1, p->skip - 1);
+    bool cut = (p->flags & Y_CUT) != 0;
+
+    *h = (struct y_head){ .has_left = cut };
+    if (!cut || (*p->head & (Y_INFO_LEFT | Y_INFO_RIGHT)) != 0)
+        y_get_head(&r, *p->head, h);
+    must(r.fault == NULL);
+    if (cut) {
+        h->has_left = true;
+        h->left = (struct y_id){ p->client, p->clock - 1 };
+    }
+}
+
+static bool
+y_has_head(const struct y_part *p)
+{
+    return p->kind != Y_GC && p->kind < Y_SKIP;
+}
+
+/* UTF-16 units of valid UTF-8. */
+static uint64_t
+y_units(struct span s)
+{
+    uint64_t n = 0;
+
+    for (; s.at < s.end; s.at++)
+        n += (uint64_t)((*s.at & 0xc0) != 0x80) + (*s.at >= 0xf0);
+    return n;
+}
+
+static void
+y_skip_json(struct y_in *r, bool or_undefined)
+{
+    struct span s = y_text(r);
+
+    if (r->fault == NULL && !json_check(s) &&
+        !(or_undefined && span_is(s, "undefined")))
+        y_fail(r, "text that is not JSON");
+}
+
+/* A struct's content; answers its length in units, leaves what of the bytes is
+ * copied as it is. */
+static uint64_t
+y_get_content(struct y_in *r, uint8_t kind, struct span *raw)
+{
+    bool odd = r->odd;
+    uint64_t n = 1;
+
+    if (kind == Y_STRING) {
+        *raw = y_text(r);
+        return y_units(*raw);
+    }
+    if (kind == Y_DELETED || kind == Y_JSON || kind == Y_ANY) {
+        n = kind == Y_DELETED ? y_get(r) : y_count(r, 1);
+        odd = r->odd;
+    }
+    raw->at = r->in.at;
+    switch (kind) {
+    case Y_DELETED:
+        break;
+    case Y_JSON:
+        for (uint64_t i = 0; i < n && r->fault == NULL; i++)
+            y_skip_json(r, true);
+        break;
+    case Y_BINARY:
+        (void)y_take(r, y_get(r));
+        break;
+    case Y_EMBED:
+        y_skip_json(r, false);
+        break;
+    case Y_FORMAT:
+        (void)y_text(r);
+        y_skip_json(r, false);
+        break;
+    case Y_TYPE:
+        switch (y_get(r)) {
+        case 0: case 1: case 2: case 4: case 6:
+            break;
+        case 3: case 5: /* XmlElement, XmlHook: with a name */
+            (void)y_text(r);
+            break;
+        default:
+            y_fail(r, "an unknown type");
+        }
+        break;
+    case Y_ANY:
+        for (uint64_t i = 0; i < n && r->fault == NULL; i++)
+            y_skip_any(r);
+        break;
+    case Y_DOC:
+        (void)y_text(r);
+        if (!span_is_empty(r->in) && *r->in.at != 118)
+            y_fail(r, "a subdocument whose options are no object");
+        y_skip_any(r);
+        break;
+    default:
+        y_fail(r, "an unknown kind of content");
+    }
+    raw->end = r->in.at;
+    r->odd = odd;
+    return n;
+}
+
+/* A client's ids below its own clock are all it can have seen of itself. */
+static bool
+y_is_ahead(const struct y_part *p, bool has, struct y_id id)
+{
+    return has && id.client == p->client && id.clock >= p->clock;
+}
+
+/* Reads a struct; client and clock are filled in already. */
+static void
+y_get_struct(struct y_in *r, struct y_part *p)
+{
+    const uint8_t *head = r->in.at;
+    uint8_t info = y_byte(r);
+    struct span raw = { head, head };
+    uint64_t len;
+
+    p->kind = info & 31;
+    if (p->kind == Y_GC || p->kind == Y_SKIP) {
+        if (info != p->kind)
+            y_fail(r, "flags on a GC or Skip");
+        len = y_get(r);
+    } else {
+        struct y_head h;
+        y_get_head(r, info, &h);
+        if (r->fault != NULL)
+            return;
+        if (y_is_ahead(p, h.has_left, h.left) ||
+            y_is_ahead(p, h.has_right, h.right) ||
+            y_is_ahead(p, h.has_parent, h.parent))
+            y_fail(r, "a reference to itself or later");
+        len = y_get_content(r, p->kind, &raw);
+    }
+    if (len == 0)
+        y_fail(r, "a struct of length 0");
+    if (len > Y_MAX - p->clock)
+        y_fail(r, "a clock that is too large");
+    if (r->fault != NULL)
+        return;
+    p->end = p->clock + len;
+    p->head = head;
+    p->skip = (uint32_t)(raw.at - head);
+    p->bytes = (uint32_t)(raw.end - raw.at);
+}
+
+/* ----- walking an update ------------------------------------------------ */
+
+struct y_walk {
+    struct y_in r;
+    const uint8_t *from;    /* the update's first byte */
+    bool in_deletes;
+    size_t deletes_at;      /* known once in_deletes */
+    uint64_t lists, left;   /* clients that follow; entries of this one */
+    uint64_t client, clock; /* of what follows */
+    bool opened;            /* the last entry was its list's first */
+};
+
+static struct y_walk
+y_walk(struct span update)
+{
+    struct y_walk w = { .r = { .in = update }, .from = update.at };
+    uint64_t len = span_len(update);
+
+    if (len > UINT32_MAX)
+        y_fail(&w.r, "too long");
+    w.lists = y_count(&w.r, 3);
+    return w;
+}
+
+/* Begins at the delete set, whose place is known. */
+static struct y_walk
+y_walk_deletes(struct span update, size_t deletes_at)
+{
+    struct y_walk w = { .r = { .in = update }, .from = update.at,
+                        .in_deletes = true, .deletes_at = deletes_at };
+
+    (void)y_take(&w.r, deletes_at);
+    w.lists = y_count(&w.r, 2);
+    return w;
+}
+
+/* Goes on to the next list that is not empty.  False: none, or a fault. */
+static bool
+y_walk_list(struct y_walk *w)
+{
+    while (w->left == 0) {
+        if (w->lists == 0 && !w->in_deletes) {
+            w->in_deletes = true;
+            w->deletes_at = (size_t)(w->r.in.at - w->from);
+            w->lists = y_count(&w->r, 2);
+        }
+        if (w->lists == 0) {
+            if (!span_is_empty(w->r.in))
+                y_fail(&w->r, "bytes behind the end");
+            return false;
+        }
+        w->lists--;
+        if (w->in_deletes) {
+            w->client = y_get(&w->r);
+            w->left = y_count(&w->r, 2);
+        } else {
+            w->left = y_count(&w->r, 2);
+            w->client = y_get(&w->r);
+            w->clock = y_get(&w->r);
+        }
+        if (w->r.fault != NULL)
+            return false;
+        if (w->left == 0)
+            w->r.odd = true;
+    }
+    return true;
+}
+
+/* The next struct (also a Skip), then the ranges.  False: the end, or a
+ * fault. */
+static bool
+y_walk_next(struct y_walk *w, struct y_part *p)
+{
+    w->opened = w->left == 0;
+    if (!y_walk_list(w))
+        return false;
+    *p = (struct y_part){ .client = w->client, .clock = w->clock };
+    if (w->in_deletes) {
+        uint64_t len;
+        p->kind = Y_RANGE;
+        p->clock = y_get(&w->r);
+        len = y_get(&w->r);
+        if (len == 0)
+            y_fail(&w->r, "a delete range of length 0");
+        if (len > Y_MAX - p->clock)
+            y_fail(&w->r, "a clock that is too large");
+        p->end = p->clock + len;
+    } else {
+        y_get_struct(&w->r, p);
+        w->clock = p->end;
+    }
+    w->left--;
+    return w->r.fault == NULL;
+}
+
+/* What y_check found out about an update. */
+struct y_report {
+    const char *fault; /* NULL: fine.  Else what is wrong with it, */
+    size_t at;         /* and where */
+    bool canonical;    /* written as we would: it may be stored and relayed */
+    size_t deletes_at; /* where its delete set begins */
+    uint64_t clients, structs, ranges; /* sections; structs, Skips too */
+    uint64_t stretches; /* at most so many, of clocks without a hole */
+};
+
+/* Judges an update by all that makes clients stumble, in one pass. */
+static bool
+y_check(struct span update, struct y_report *report)
+{
+    struct y_walk w = y_walk(update);
+    struct y_part before = { 0 }, p;
+    bool odd = false;
+
+    *report = (struct y_report){ 0 };
+    while (y_walk_next(&w, &p)) {
+        bool is_range = p.kind == Y_RANGE, is_skip = p.kind == Y_SKIP;
+        bool was_range = before.kind == Y_RANGE;
+        bool first = report->structs + (is_range ? report->ranges : 0) == 0;
+        if (w.opened) {
+            if (is_skip || (!first && is_range == was_range &&
+                            p.client >= before.client))
+                odd = true;
+            report->clients += !is_range;
+        } else if (is_range ? p.clock <= before.end
+                            : is_skip && before.kind == Y_SKIP) {
+            odd = true;
+        }
+        if (is_skip && w.left == 0)
+            odd = true;
+        if (is_range)
+            report->ranges++;
+        else
+            report->structs++;
+        report->stretches += !is_range && (w.opened || is_skip);
+        before = p;
+    }
+    report->fault = w.r.fault;
+    report->at = (size_t)((w.r.fault ? w.r.fault_at : w.r.in.at) - w.from);
+    report->canonical = w.r.fault == NULL && !w.r.odd && !odd;
+    report->deletes_at = w.deletes_at;
+    return w.r.fault == NULL;
+}
+
+/* Clocks of one client without a hole. */
+struct y_stretch {
+    uint64_t client, from, to;
+};
+
+/* The next stretch of an update's structs; begin with y_walk.  False: there is
+ * none, and the walk stands in the delete set; or a fault. */
+static bool
+y_walk_stretch(struct y_walk *w, struct y_stretch *s)
+{
+    struct y_part p;
+
+    do
+        if (!y_walk_list(w) || w->in_deletes || !y_walk_next(w, &p))
+            return false;
+    while (p.kind == Y_SKIP);
+    *s = (struct y_stretch){ p.client, p.clock, p.end };
+    while (w->left > 0 && y_walk_next(w, &p) && p.kind != Y_SKIP)
+        s->to = p.end;
+    return w->r.fault == NULL;
+}
+
+/* ----- what is known of each client ----------------------------------------
+ * Two tables in lent memory.  An open hash table says of each client up to
+ * where everything is there; its seed is the owner's secret, so that nobody
+ * can choose client ids that collide.  What came ahead of a gap is listed
+ * beside it: islands, clients descending, clocks ascending, none touching
+ * another or what is below its client's `next`.
+ *
+ *   client 7      0 ▓▓▓▓▓▓▓▓▓ next     ▓▓▓▓ island    ▓▓▓▓▓▓ end
+ *
+ * So what of an update is new can be told without looking at the document. */
+
+struct y_known_client {
+    uint64_t client;
+    uint64_t next; /* everything below is there */
+    uint64_t end;  /* of the highest struct; 0: this slot is free */
+};
+
+struct y_known {
+    struct y_known_client *at;
+    size_t slots; /* a power of two, or 0; at most three quarters are used */
+    size_t used;
+    struct y_stretch *islands; /* behind the slots, room for slots / 4 */
+    size_t n_islands;
+    uint64_t seed;
+};
+
+/* Slots for so many clients and islands. */
+static size_t
+y_known_slots(uint64_t clients, uint64_t islands)
+{
+    size_t slots = 8;
+
+    while (slots / 4 * 3 < clients || slots / 4 < islands)
+        slots *= 2;
+    return slots;
+}
+
+/* What so many slots take. */
+static size_t
+y_known_bytes(size_t slots)
+{
+    return slots * sizeof(struct y_known_client) +
+           slots / 4 * sizeof(struct y_stretch);
+}
+
+/* Is there room for what an update brings at most? */
+static bool
+y_known_fits(const struct y_known *k, uint64_t clients, uint64_t stretches)
+{
+    return clients <= k->slots / 4 * 3 - k->used &&
+           stretches <= k->slots / 4 - k->n_islands;
+}
+
+/* The client's slot, or the free one where it belongs. */
+static struct y_known_client *
+y_known_slot(const struct y_known *k, uint64_t client)
+{
+    uint64_t h = (client ^ k->seed) * UINT64_C(0x9e3779b97f4a7c15);
+    size_t i;
+
+    h = (h ^ h >> 32) * (k->seed | 1);
+    i = (size_t)(h >> 32);
+    for (;; i++) {
+        struct y_known_client *c = &k->at[i & (k->slots - 1)];
+        if (c->end == 0 || c->client == client)
+            return c;
+    }
+}
+
+/* NULL: nothing is known of it. */
+static const struct y_known_client *
+y_known_get(const struct y_known *k, uint64_t client)
+{
+    const struct y_known_client *c;
+
+    if (k->slots == 0)
+        return NULL;
+    c = y_known_slot(k, client);
+    return c->end == 0 ? NULL : c;
+}
+
+static void
+y_known_clear(struct y_known *k)
+{
+    if (k->slots > 0)
+        memset(k->at, 0, k->slots * sizeof *k->at);
+    k->used = k->n_islands = 0;
+}
+
+/* Moves the tables into other memory, y_known_bytes(slots) on a multiple of 8;
+ * the old may then be given back. */
+static void
+y_known_move(struct y_known *k, void *to, size_t slots)
+{
+    struct y_known old = *k;
+
+    must((slots & (slots - 1)) == 0 && old.used <= slots / 4 * 3 &&
+         old.n_islands <= slots / 4);
+    k->at = to;
+    k->slots = slots;
+    k->islands = (struct y_stretch *)(void *)(k->at + slots);
+    y_known_clear(k);
+    for (size_t i = 0; i < old.slots; i++)
+        if (old.at[i].end > 0)
+            *y_known_slot(k, old.at[i].client) = old.at[i];
+    k->used = old.used;
+    k->n_islands = old.n_islands;
+    if (old.n_islands > 0)
+        memcpy(k->islands, old.islands, old.n_islands * sizeof *k->islands);
+}
+
+/* Does every stretch begin at or behind the end of what is known?  Then
+ * nothing in it can be there already. */
+static bool
+y_known_is_new(const struct y_known *k, struct span update)
+{
+    struct y_walk w = y_walk(update);
+    struct y_stretch s;
+
+    while (y_walk_stretch(&w, &s)) {
+        const struct y_known_client *c = y_known_get(k, s.client);
+        if (c != NULL && s.from < c->end)
+            return false;
+    }
+    return true;
+}
+
+/* The first island of a client, or of one behind it in the order, that ends at
+ * or behind a clock. */
+static size_t
+y_known_island(const struct y_known *k, uint64_t client, uint64_t clock)
+{
+    size_t low = 0, high = k->n_islands;
+
+    while (low < high) {
+        size_t mid = low + (high - low) / 2;
+        const struct y_stretch *s = &k->islands[mid];
+        if (s->client > client || (s->client == client && s->to < clock))
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    return low;
+}
+
+static void
+y_known_add_stretch(struct y_known *k, struct y_stretch s)
+{
+    struct y_known_client *c = y_known_slot(k, s.client);
+    size_t i = y_known_island(k, s.client, s.from), n = 0;
+    struct y_stretch *island = k->islands + i;
+    bool ahead;
+
+    if (c->end == 0) {
+        must(k->used < k->slots / 4 * 3);
+        k->used++;
+        *c = (struct y_known_client){ .client = s.client };
+    }
+    /* The islands it touches become part of it. */
+    for (; i + n < k->n_islands && island[n].client == s.client &&
+           island[n].from <= s.to; n++) {
+        s.from = island[n].from < s.from ? island[n].from : s.from;
+        s.to = island[n].to > s.to ? island[n].to : s.to;
+    }
+    ahead = s.from > c->next;
+    if (!ahead && s.to > c->next)
+        c->next = s.to;
+    if (s.to > c->end)
+        c->end = s.to;
+    must(n > 0 || !ahead || k->n_islands < k->slots / 4);
+    memmove(island + ahead, island + n, (k->n_islands - i - n) * sizeof s);
+    k->n_islands += ahead - n;
+    if (ahead)
+        *island = s;
+}
+
+/* Adds what an accepted update brings; y_known_fits has said that there is
+ * room. */
+static void
+y_known_add(struct y_known *k, struct span update)
+{
+    struct y_walk w = y_walk(update);
+    struct y_stretch s;
+
+    while (y_walk_stretch(&w, &s))
+        y_known_add_stretch(k, s);
+    must(w.r.fault == NULL);
+}
+
+/* ----- state vectors ---------------------------------------------------- */
+
+/* An entry of a state vector.  False: the end, or a fault. */
+static bool
+y_sv_next(struct y_in *r, uint64_t *left, struct y_id *entry)
+{
+    if (*left == 0)
+        return false;
+    --*left;
+    *entry = y_get_id(r);
+    return r->fault == NULL;
+}
+
+static bool
+y_sv_check(struct span sv, const char **fault)
+{
+    struct y_in r = { .in = sv };
+    uint64_t left = y_count(&r, 2);
+    struct y_id entry;
+
+    while (y_sv_next(&r, &left, &entry))
+        ;
+    if (!span_is_empty(r.in))
+        y_fail(&r, "bytes behind the end");
+    *fault = r.fault;
+    return r.fault == NULL;
+}
+
+/* Where bytes go; NULL: they are only counted. */
+struct y_sink {
+    struct out *out;
+    uint64_t n;
+};
+
+static void
+y_put(struct y_sink *o, const void *from, size_t len)
+{
+    o->n += len;
+    if (o->out != NULL)
+        out_bytes(o->out, from, len);
+}
+
+static void
+y_put_uint(struct y_sink *o, uint64_t v)
+{
+    o->n += y_uint_len(v);
+    if (o->out != NULL)
+        out_uint(o->out, v);
+}
+
+static void
+y_put_text(struct y_sink *o, struct span s)
+{
+    y_put_uint(o, span_len(s));
+    y_put(o, s.at, span_len(s));
+}
+
+static void
+y_put_id(struct y_sink *o, struct y_id id)
+{
+    y_put_uint(o, id.client);
+    y_put_uint(o, id.clock);
+}
+
+/* The state vector: what is there of each client without a gap.  Answers its
+ * length; out may be NULL. */
+static size_t
+y_known_write_sv(const struct y_known *k, struct out *out)
+{
+    struct y_sink o = { out, 0 };
+    uint64_t n = 0;
+
+    for (size_t i = 0; i < k->slots; i++)
+        n += k->at[i].next > 0;
+    y_put_uint(&o, n);
+    for (size_t i = 0; i < k->slots; i++)
+        if (k->at[i].next > 0)
+            y_put_id(&o, (struct y_id){ k->at[i].client, k->at[i].next });
+    return (size_t)o.n;
+}
+
+/* ----- cutting ---------------------------------------------------------- */
+
+static const uint8_t y_fffd[3] = { 0xef, 0xbf, 0xbd };
+
+/* Length of a code point's UTF-8 by its first byte. */
+static uint32_t
+utf8_width(uint8_t b)
+{
+    return b < 0x80 ? 1 : b < 0xe0 ? 2 : b < 0xf0 ? 3 : 4;
+}
+
+static void
+y_cut_string(struct y_part *p, uint64_t units, struct y_part *left)
+{
+    const uint8_t *at = p->head + p->skip;
+    bool half = false;
+    uint32_t i = 0;
+
+    p->flags &= (uint8_t)~Y_HALF_FIRST;
+    left->flags &= (uint8_t)~Y_HALF_LAST;
+    if (p->flags == left->flags && left->bytes == left->end - left->clock) {
+        i = (uint32_t)units; /* all of it is ASCII */
+        units = 0;
+    }
+    if ((left->flags & Y_HALF_FIRST) != 0)
+        units--;
+    while (units > 0) {
+        uint32_t width;
+        must(i < p->bytes);
+        width = utf8_width(at[i]);
+        half = width == 4 && units == 1;
+        i += width;
+        units -= width == 4 && !half ? 2 : 1;
+    }
+    left->bytes = half ? i - 4 : i;
+    if (half) {
+        left->flags |= Y_HALF_LAST;
+        p->flags |= Y_HALF_FIRST;
+    }
+    p->skip += i;
+    p->bytes -= i;
+}
+
+/* Cuts p at a clock inside it: *left gets what stands before, p keeps the
+ * rest.  A cut through a surrogate pair leaves U+FFFD on both sides, as in
+ * Yjs.  A string is walked from where the last cut was: cutting one into n
+ * pieces, from left to right, walks it once. */
+static void
+y_cut(struct y_part *p, uint64_t at, struct y_part *left)
+{
+    uint64_t units = at - p->clock;
+
+    must(p->clock < at && at < p->end);
+    *left = *p;
+    if (p->kind == Y_STRING) {
+        y_cut_string(p, units, left);
+    } else if (p->kind == Y_JSON || p->kind == Y_ANY) {
+        struct y_in r = y_over(p->head + p->skip, p->bytes);
+        for (; units > 0; units--) {
+            if (p->kind == Y_ANY)
+                y_skip_any(&r);
+            else
+                (void)y_text(&r);
+        }
+        left->bytes = p->bytes - (uint32_t)span_len(r.in);
+        p->skip += left->bytes;
+        p->bytes -= left->bytes;
+    }
+    left->end = at;
+    p->clock = at;
+    if (y_has_head(p))
+        p->flags |= Y_CUT;
+}
+
+/* Bytes of its content. */
+static uint64_t
+y_size(const struct y_part *p)
+{
+    return (uint64_t)p->bytes + ((p->flags & Y_HALF_FIRST) != 0 ? 3 : 0) +
+           ((p->flags & Y_HALF_LAST) != 0 ? 3 : 0);
+}
+
+/* ----- writing a struct ------------------------------------------------- */
+
+static void
+y_put_head(struct y_sink *o, const struct y_part *p)
+{
+    struct y_head h;
+    uint8_t info = p->kind;
+
+    if (!y_has_head(p)) {
+        y_put(o, &info, 1);
+        return;
+    }
+    y_head(p, &h);
+    info |= h.has_left ? Y_INFO_LEFT : 0;
+    info |= h.has_right ? Y_INFO_RIGHT : 0;
+    info |= h.has_key ? Y_INFO_KEY : 0;
+    y_put(o, &info, 1);
+    if (h.has_left)
+        y_put_id(o, h.left);
+    if (h.has_right)
+        y_put_id(o, h.right);
+    if (h.has_root || h.has_parent)
+        y_put_uint(o, h.has_root);
+    if (h.has_root)
+        y_put_text(o, h.root);
+    if (h.has_parent)
+        y_put_id(o, h.parent);
+    if (h.has_key)
+        y_put_text(o, h.key);
+}
+
+/* What stands ahead of the contents of a struct that is made of parts: the
+ * head of the first, units and bytes of all. */
+static void
+y_put_open(struct y_sink *o, const struct y_part *first, uint64_t units,
+           uint64_t bytes)
+{
+    y_put_head(o, first);
+    switch (first->kind) {
+    case Y_GC: case Y_SKIP: case Y_DELETED: case Y_JSON: case Y_ANY:
+        y_put_uint(o, units);
+        break;
+    case Y_STRING:
+        y_put_uint(o, bytes);
+        break;
+    default: /* the content has its own length */
+        break;
+    }
+}
+
+static void
+y_put_content(struct y_sink *o, const struct y_part *p)
+{
+    if ((p->flags & Y_HALF_FIRST) != 0)
+        y_put(o, y_fffd, sizeof y_fffd);
+    y_put(o, p->head + p->skip, p->bytes);
+    if ((p->flags & Y_HALF_LAST) != 0)
+        y_put(o, y_fffd, sizeof y_fffd);
+}
+
+/* ----- load ------------------------------------------------------------- */
+
+/* What a document holds. */
+struct y_store {
+    struct span snapshot;       /* one canonical update, or empty */
+    size_t snapshot_deletes_at; /* where its delete set begins */
+    struct span tail;           /* a run: (length, update) back to back */
+};
+
+/* The next update of a run. */
+static bool
+y_run_next(struct span *run, struct span *update)
+{
+    struct span in = *run;
+    uint64_t n;
+
+    if (!y_uint(&in, &n) || n > span_len(in))
+        return false;
+    *update = span_of(in.at, (size_t)n);
+    run->at = update->end;
+    return true;
+}
+
+struct y_work {
+    uint8_t *at; /* on a multiple of 8 */
+    size_t size;
+};
+
+/* How an operation ended. */
+enum y_answer {
+    Y_OK,
+    Y_NO_ROOM, /* the work memory is too small */
+    Y_BROKEN   /* bytes that y_check would refuse */
+};
+
+/* What an operation has prepared.  It borrows the inputs and the work memory
+ * until it has been written. */
+struct y_result {
+    size_t bytes;      /* y_write writes exactly so many */
+    uint64_t clients, structs, ranges;
+    size_t deletes_at; /* in them */
+    bool empty;        /* neither structs nor ranges */
+
+    struct y_part *parts;    /* in the order of their arrival */
+    uint32_t *order, *spare; /* part numbers: structs, then ranges */
+    uint32_t used, room;     /* parts */
+    uint32_t n, n_structs;   /* entries of order */
+    bool gc_deletes;         /* GC structs belong to the delete set */
+    enum y_answer answer;
+};
+
+enum { Y_PART_COST = sizeof(struct y_part) + 2 * sizeof(uint32_t) };
+
+/* Work memory that is always enough for y_merge, and with a state vector's
+ * entries as clients for y_diff.  The numbers are the sums of the reports over
+ * snapshot and tail.  The sweep cuts at most one part more for each struct that
+ * begins inside another (a document's own updates do not overlap, so half of
+ * that will do), cleaning at most two for each delete range. */
+static uint64_t
+y_work_size(uint64_t structs, uint64_t ranges, uint64_t clients)
+{
+    return (2 * structs + 3 * ranges + clients) * Y_PART_COST;
+}
+
+/* The same for y_minus; `ranges` are the document's. */
+static uint64_t
+y_minus_size(const struct y_known *known, const struct y_report *update,
+             uint64_t ranges)
+{
+    return (2 * (update->structs + update->ranges + ranges) +
+            update->clients + 2 * known->n_islands) * Y_PART_COST;
+}
+
+static void
+y_begin(struct y_result *r, struct y_work work)
+{
+    size_t room = work.size / Y_PART_COST;
+
+    must(((uintptr_t)work.at & 7) == 0);
+    *r = (struct y_result){ 0 };
+    r->room = room < UINT32_MAX ? (uint32_t)room : UINT32_MAX - 1;
+    r->parts = (struct y_part *)(void *)work.at;
+    r->order = (uint32_t *)(void *)(r->parts + r->room);
+    r->spare = r->order + r->room;
+}
+
+static struct y_part *
+y_part(const struct y_result *r, uint32_t i)
+{
+    return &r->parts[r->order[i]];
+}
+
+/* A new part's number; without room, the last one's again. */
+static uint32_t
+y_new(struct y_result *r, const struct y_part *p)
+{
+    if (r->used == r->room) {
+        r->answer = Y_NO_ROOM;
+        return r->room - 1;
+    }
+    r->parts[r->used] = *p;
+    return r->used++;
+}
+
+static void
+y_add(struct y_result *r, const struct y_part *p)
+{
+    uint32_t i = y_new(r, p);
+
+    if (r->answer == Y_OK)
+        r->order[r->n++] = i;
+}
+
+enum y_want { Y_ALL, Y_COVERED_RANGES };
+
+/* Loads an update's parts, or its delete ranges as a cover. */
+static void
+y_load(struct y_result *r, struct span update, size_t deletes_at,
+       enum y_want want)
+{
+    struct y_walk w = want == Y_COVERED_RANGES && deletes_at > 0
+                          ? y_walk_deletes(update, deletes_at)
+                          : y_walk(update);
+    struct y_part p;
+
+    while (r->answer == Y_OK && y_walk_next(&w, &p)) {
+        if (p.kind == Y_SKIP ||
+            (p.kind != Y_RANGE && want == Y_COVERED_RANGES))
+            continue;
+        p.flags = want == Y_COVERED_RANGES ? Y_COVER : 0;
+        y_add(r, &p);
+    }
+    if (w.r.fault != NULL)
+        r->answer = Y_BROKEN;
+}
+
+/* ----- sort ------------------------------------------------------------- */
+
+static bool
+y_is_before(const struct y_part *a, const struct y_part *b)
+{
+    bool a_range = a->kind == Y_RANGE, b_range = b->kind == Y_RANGE;
+
+    if (a_range != b_range)
+        return b_range;
+    if (a->client != b->client)
+        return a->client > b->client;
+    return a->clock < b->clock;
+}
+
+/* The end of what is in order from i on. */
+static uint32_t
+y_sorted_to(const struct y_result *r, uint32_t i)
+{
+    if (i < r->n)
+        i++;
+    while (i < r->n && !y_is_before(y_part(r, i), y_part(r, i - 1)))
+        i++;
+    return i;
+}
+
+/* Sorts the order from an entry on: a merge sort of the runs that are there.
+ * A document's own updates are few of them. */
+static void
+y_sort(struct y_result *r, uint32_t from)
+{
+    while (y_sorted_to(r, from) < r->n) {
+        uint32_t to = from;
+        while (to < r->n) {
+            uint32_t a = to, mid = y_sorted_to(r, a), b = mid;
+            uint32_t end = y_sorted_to(r, mid);
+            while (a < mid || b < end)
+                r->spare[to++] =
+                    b == end || (a < mid && !y_is_before(y_part(r, b),
+                                                         y_part(r, a)))
+                        ? r->order[a++]
+                        : r->order[b++];
+        }
+        memcpy(r->order + from, r->spare + from,
+               (r->n - from) * sizeof *r->order);
+    }
+}
+
+/* Loads what is wanted of a document, in order. */
+static void
+y_load_store(struct y_result *r, const struct y_store *store,
+             enum y_want want)
+{
+    struct span tail = store->tail, update;
+    uint32_t n;
+
+    if (!span_is_empty(store->snapshot))
+        y_load(r, store->snapshot, store->snapshot_deletes_at, want);
+    n = r->n;
+    while (y_run_next(&tail, &update))
+        y_load(r, update, 0, want);
+    if (!span_is_empty(tail))
+        r->answer = Y_BROKEN;
+    y_sort(r, n); /* by itself first, it is small */
+}
+
+/* ----- sweep ------------------------------------------------------------ */
+
+/* The heap of parts that hold the place the sweep is at, the earliest arrival
+ * on top.  Its entries stand in the links of the first parts. */
+struct y_heap {
+    struct y_part *parts;
+    uint32_t n;
+};
+
+static uint32_t
+y_heap_top(const struct y_heap *h)
+{
+    return h->parts[0].link;
+}
+
+static void
+y_heap_push(struct y_heap *h, uint32_t part)
+{
+    uint32_t i = h->n++;
+
+    for (; i > 0 && h->parts[(i - 1) / 2].link > part; i = (i - 1) / 2)
+        h->parts[i].link = h->parts[(i - 1) / 2].link;
+    h->parts[i].link = part;
+}
+
+static void
+y_heap_pop(struct y_heap *h)
+{
+    uint32_t last = h->parts[--h->n].link, i = 0;
+
+    for (;;) {
+        uint32_t child = 2 * i + 1;
+        if (child >= h->n)
+            break;
+        if (child + 1 < h->n &&
+            h->parts[child + 1].link < h->parts[child].link)
+            child++;
+        if (h->parts[child].link >= last)
+            break;
+        h->parts[i].link = h->parts[child].link;
+        i = child;
+    }
+    h->parts[i].link = last;
+}
+
+/* Puts a part behind the others of the new order, unless it only covers. */
+static void
+y_keep(struct y_result *r, uint32_t *n, uint32_t part)
+{
+    if ((r->parts[part].flags & Y_COVER) == 0)
+        r->spare[(*n)++] = part;
+}
+
+static void
+y_swap_orders(struct y_result *r)
+{
+    uint32_t *order = r->order;
+
+    r->order = r->spare;
+    r->spare = order;
+}
+
+/* Makes the first `to` entries disjoint. */
+static void
+y_sweep(struct y_result *r, uint32_t to)
+{
+    struct y_heap heap = { r->parts, 0 };
+    uint32_t i = 0, n = 0;
+
+    while ((i < to || heap.n > 0) && r->answer == Y_OK) {
+        struct y_part *top, *next = i < to ? y_part(r, i) : NULL, left;
+        if (heap.n == 0) {
+            y_heap_push(&heap, r->order[i++]);
+            continue;
+        }
+        top = &r->parts[y_heap_top(&heap)];
+        if (next != NULL && next->client == top->client &&
+            (next->kind == Y_RANGE) == (top->kind == Y_RANGE) &&
+            next->clock < top->end) {
+            /* One begins inside; if it came earlier it interrupts. */
+            if (next < top && top->clock < next->clock) {
+                y_cut(top, next->clock, &left);
+                y_keep(r, &n, y_new(r, &left));
+            }
+            y_heap_push(&heap, r->order[i++]);
+            continue;
+        }
+        y_keep(r, &n, y_heap_top(&heap));
+        y_heap_pop(&heap);
+        while (heap.n > 0 && r->parts[y_heap_top(&heap)].end <= top->end)
+            y_heap_pop(&heap);
+        if (heap.n > 0) {
+            struct y_part *under = &r->parts[y_heap_top(&heap)];
+            if (under->clock < top->end)
+                y_cut(under, top->end, &left);
+        }
+    }
+    memcpy(r->spare + n, r->order + to, (r->n - to) * sizeof *r->order);
+    r->n = n + r->n - to;
+    y_swap_orders(r);
+}
+
+/* ----- fuse ------------------------------------------------------------- */
+
+/* Does b, with its head, go on where a ends, so that both are one struct?  The
+ * right neighbour must be the same: somebody may have seen a end where it did
+ * and put something there. */
+static bool
+y_continues(const struct y_part *a, const struct y_head *ah,
+            const struct y_part *b, const struct y_head *bh)
+{
+    if (a->kind != b->kind || a->client != b->client || a->end != b->clock)
+        return false;
+    if (a->kind == Y_GC)
+        return true;
+    if (a->kind != Y_DELETED && a->kind != Y_STRING && a->kind != Y_ANY &&
+        a->kind != Y_JSON)
+        return false;
+    return bh->has_left && bh->left.client == b->client &&
+           bh->left.clock == b->clock - 1 && ah->has_right == bh->has_right &&
+           (!ah->has_right || (ah->right.client == bh->right.client &&
+                               ah->right.clock == bh->right.clock));
+}
+
+/* Marks the structs that continue the one before, and counts. */
+static void
+y_fuse(struct y_result *r)
+{
+    const struct y_part *a = NULL;
+    struct y_head heads[2] = { { 0 }, { 0 } };
+
+    for (uint32_t i = 0; i < r->n_structs; i++) {
+        struct y_part *b = y_part(r, i);
+        struct y_head *ah = &heads[i % 2], *bh = &heads[(i + 1) % 2];
+        if (y_has_head(b))
+            y_head(b, bh);
+        b->flags &= (uint8_t)~Y_FUSED;
+        if (a != NULL && y_continues(a, ah, b, bh))
+            b->flags |= Y_FUSED;
+        a = b;
+    }
+}
+
+/* The end of the struct that begins at entry i. */
+static uint32_t
+y_fused_to(const struct y_result *r, uint32_t i)
+{
+    do
+        i++;
+    while (i < r->n_structs && (y_part(r, i)->flags & Y_FUSED) != 0);
+    return i;
+}
+
+/* Makes one of ranges that overlap or touch. */
+static void
+y_unite(struct y_result *r)
+{
+    uint32_t n = r->n_structs;
+
+    for (uint32_t i = n; i < r->n; i++) {
+        struct y_part *p = y_part(r, i);
+        struct y_part *last = n > r->n_structs ? y_part(r, n - 1) : NULL;
+        if (last == NULL || p->client != last->client || p->clock > last->end)
+            r->order[n++] = r->order[i];
+        else if (p->end > last->end)
+            last->end = p->end;
+    }
+    r->n = n;
+}
+
+/* Everything between loading and cleaning. */
+static void
+y_settle(struct y_result *r, bool cover_ranges)
+{
+    uint32_t structs = 0;
+
+    if (r->answer != Y_OK)
+        return;
+    y_sort(r, 0);
+    while (structs < r->n && y_part(r, structs)->kind != Y_RANGE)
+        structs++;
+    y_sweep(r, cover_ranges ? r->n : structs);
+    if (r->answer != Y_OK)
+        return;
+    while (r->n_structs < r->n && y_part(r, r->n_structs)->kind != Y_RANGE)
+        r->n_structs++;
+    y_unite(r);
+    y_fuse(r);
+}
+
+/* ----- clean ------------------------------------------------------------ */
+
+enum y_gc {
+    Y_GC_OFF,
+    Y_GC_AUTO, /* deleted content goes where that makes the update shorter */
+    Y_GC_FULL  /* all deleted content goes */
+};
+
+/* A place in the parts of one struct, moving to the right. */
+struct y_place {
+    uint32_t i, end;    /* the entry; where the struct's entries end */
+    struct y_part rest; /* what of the entry's part is to the right */
+    uint64_t bytes;     /* of content to the left */
+};
+
+static struct y_place
+y_place(const struct y_result *r, uint32_t i, uint32_t end)
+{
+    return (struct y_place){ .i = i, .end = end, .rest = *y_part(r, i) };
+}
+
+static void
+y_place_next(const struct y_result *r, struct y_place *at)
+{
+    at->i++;
+    if (at->i < at->end)
+        at->rest = *y_part(r, at->i);
+    else
+        at->rest.clock = at->rest.end;
+}
+
+/* Goes to a clock; answers how many bytes of content stand before it.  A pair
+ * that is cut counts two bytes on either side. */
+static uint64_t
+y_place_offset(const struct y_result *r, struct y_place *at, uint64_t clock)
+{
+    while (at->rest.clock < clock) {
+        struct y_part left;
+        uint64_t size = y_size(&at->rest);
+        if (at->rest.end <= clock) {
+            at->bytes += size;
+            y_place_next(r, at);
+            continue;
+        }
+        y_cut(&at->rest, clock, &left);
+        at->bytes += size - y_size(&at->rest);
+        if ((at->rest.flags & Y_HALF_FIRST) != 0)
+            return at->bytes + 1; /* U+FFFD is one byte longer than a half */
+    }
+    return at->bytes;
+}
+
+/* Bytes of the head of a struct that begins with a cut of p at this clock. */
+static uint64_t
+y_cut_cost(const struct y_part *p, uint64_t clock)
+{
+    struct y_part cut = *p;
+    struct y_head h;
+
+    cut.flags |= Y_CUT;
+    y_head(&cut, &h);
+    return 2 + y_uint_len(p->client) + y_uint_len(clock - 1) +
+           (h.has_right
+                ? y_uint_len(h.right.client) + y_uint_len(h.right.clock)
+                : 0);
+}
+
+/* Copies the parts up to a clock into the new order, deleted or as they are.
+ * What is cut off last keeps its number. */
+static void
+y_place_copy(struct y_result *r, struct y_place *at, uint64_t clock,
+             bool deleted, uint32_t *n)
+{
+    while (at->rest.clock < clock && r->answer == Y_OK) {
+        struct y_part left = at->rest;
+        uint32_t part = r->order[at->i];
+        bool whole = at->rest.end <= clock;
+        if (!whole)
+            y_cut(&at->rest, clock, &left);
+        if (deleted) {
+            left.kind = Y_DELETED;
+            left.flags &= (uint8_t)~(Y_HALF_FIRST | Y_HALF_LAST);
+            left.bytes = 0;
+        }
+        if (whole) {
+            r->parts[part] = left;
+            y_place_next(r, at);
+        } else {
+            part = y_new(r, &left);
+        }
+        r->spare[(*n)++] = part;
+    }
+}
+
+/* Takes deleted content out. */
+static void
+y_clean_content(struct y_result *r, enum y_gc mode)
+{
+    uint32_t n = 0, range = r->n_structs, next;
+
+    for (uint32_t i = 0; i < r->n_structs && r->answer == Y_OK; i = next) {
+        const struct y_part first = *y_part(r, i);
+        struct y_place copied, probe;
+        uint64_t end;
+        next = y_fused_to(r, i);
+        end = y_part(r, next - 1)->end;
+        copied = probe = y_place(r, i, next);
+        while (range < r->n && (y_part(r, range)->client > first.client ||
+                                (y_part(r, range)->client == first.client &&
+                                 y_part(r, range)->end <= first.clock)))
+            range++;
+        for (uint32_t x = range; x < r->n && r->answer == Y_OK; x++) {
+            uint64_t from = y_part(r, x)->clock, to = y_part(r, x)->end, gain;
+            if (y_part(r, x)->client != first.client || from >= end ||
+                first.kind == Y_GC || first.kind == Y_DELETED)
+                break;
+            from = from > first.clock ? from : first.clock;
+            to = to < end ? to : end;
+            if (mode == Y_GC_AUTO) {
+                gain = y_place_offset(r, &probe, from);
+                gain = y_place_offset(r, &probe, to) - gain;
+                if (gain < (from > first.clock ? y_cut_cost(&first, from) : 0)
+                               + (to < end ? y_cut_cost(&first, to) : 0))
+                    continue;
+            }
+            y_place_copy(r, &copied, from, false, &n);
+            y_place_copy(r, &copied, to, true, &n);
+        }
+        y_place_copy(r, &copied, end, false, &n);
+    }
+    if (r->answer != Y_OK)
+        return;
+    memcpy(r->spare + n, r->order + r->n_structs,
+           (r->n - r->n_structs) * sizeof *r->order);
+    r->n = n + r->n - r->n_structs;
+    r->n_structs = n;
+    y_swap_orders(r);
+}
+
+/* The entry of the struct that holds an id, or n_structs. */
+static uint32_t
+y_find(const struct y_result *r, struct y_id id)
+{
+    const struct y_part want = { .client = id.client, .clock = id.clock };
+    uint32_t low = 0, high = r->n_structs;
+
+    while (low < high) { /* the first that begins behind it */
+        uint32_t mid = low + (high - low) / 2;
+        if (y_is_before(&want, y_part(r, mid)))
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    if (low == 0 || y_part(r, low - 1)->client != id.client ||
+        y_part(r, low - 1)->end <= id.clock)
+        return r->n_structs;
+    return low - 1;
+}
+
+enum y_fate { Y_UNKNOWN, Y_ASKED, Y_LIVES }; /* the dead are GC */
+
+/* Does a struct die with the one that holds this id?  1 or 0; -1: ask *first
+ * about its own fate.  One that is being asked depends on itself: no. */
+static int
+y_dies_with(const struct y_result *r, struct y_id id, bool as_parent,
+            uint32_t *first)
+{
+    const struct y_part *p;
+
+    *first = y_find(r, id);
+    if (*first == r->n_structs)
+        return 0; /* not here: who knows */
+    p = y_part(r, *first);
+    if (p->kind == Y_GC || (as_parent && p->kind != Y_TYPE))
+        return 1;
+    return p->fate == Y_UNKNOWN ? -1 : 0;
+}
+
+static int
+y_is_dead(const struct y_result *r, const struct y_part *p, uint32_t *first)
+{
+    struct y_head h;
+    int dead = 0;
+
+    y_head(p, &h);
+    if (h.has_parent)
+        return y_dies_with(r, h.parent, true, first);
+    if (h.has_left)
+        dead = y_dies_with(r, h.left, false, first);
+    if (dead == 0 && h.has_right)
+        dead = y_dies_with(r, h.right, false, first);
+    return dead;
+}
+
+/* Makes GC of what lies below a deleted type, and of nothing else: clients
+ * turn whatever refers to a GC into GC themselves.  Each struct is asked after
+ * those it depends on; `link` leads back to who wanted to know. */
+static void
+y_clean_below(struct y_result *r)
+{
+    for (uint32_t i = 0; i < r->n_structs; i++) {
+        uint32_t at = i;
+        y_part(r, i)->link = NONE32;
+        while (at != NONE32) {
+            struct y_part *p = y_part(r, at);
+            uint32_t first = 0;
+            int dead;
+            if (p->kind == Y_GC || p->fate == Y_LIVES) {
+                at = p->link;
+                continue;
+            }
+            p->fate = Y_ASKED;
+            dead = y_is_dead(r, p, &first);
+            if (dead < 0) {
+                y_part(r, first)->link = at;
+                at = first;
+            } else if (dead == 0) {
+                p->fate = Y_LIVES;
+            } else {
+                p->kind = Y_GC;
+                p->flags = 0;
+                p->bytes = 0;
+            }
+        }
+    }
+}
+
+static void
+y_clean(struct y_result *r, enum y_gc mode)
+{
+    if (r->answer == Y_OK)
+        y_clean_content(r, mode);
+    if (r->answer != Y_OK)
+        return;
+    y_clean_below(r);
+    y_fuse(r);
+    r->gc_deletes = true;
+}
+
+/* ----- write ------------------------------------------------------------ */
+
+/* One struct: entries [i, end). */
+static void
+y_put_fused(struct y_sink *o, const struct y_result *r, uint32_t i,
+            uint32_t end)
+{
+    const struct y_part *first = y_part(r, i);
+    uint64_t bytes = 0;
+
+    for (uint32_t k = i; k < end; k++)
+        bytes += y_size(y_part(r, k));
+    y_put_open(o, first, y_part(r, end - 1)->end - first->clock, bytes);
+    for (uint32_t k = i; k < end; k++)
+        y_put_content(o, y_part(r, k));
+}
+
+/* One client's section, from entry i on; answers where the next begins.
+ * *structs: how many it has, Skips too. */
+static uint32_t
+y_put_section(struct y_sink *o, const struct y_result *r, uint32_t i,
+              uint64_t *structs)
+{
+    uint64_t client = y_part(r, i)->client, clock = y_part(r, i)->clock;
+    uint32_t end = i;
+
+    *structs = 0;
+    for (uint64_t at = clock;
+         end < r->n_structs && y_part(r, end)->client == client; end++) {
+        *structs += (uint64_t)((y_part(r, end)->flags & Y_FUSED) == 0) +
+                    (y_part(r, end)->clock > at);
+        at = y_part(r, end)->end;
+    }
+    y_put_uint(o, *structs);
+    y_put_id(o, (struct y_id){ client, clock });
+    for (uint32_t next; i < end; i = next) {
+        const struct y_part skip = { .kind = Y_SKIP };
+        if (y_part(r, i)->clock > clock)
+            y_put_open(o, &skip, y_part(r, i)->clock - clock, 0);
+        next = y_fused_to(r, i);
+        y_put_fused(o, r, i, next);
+        clock = y_part(r, next - 1)->end;
+    }
+    return end;
+}
+
+/* Where in the ranges, and in the GC structs that count as such. */
+struct y_deletes {
+    uint32_t range, gc;
+};
+
+static bool
+y_deletes_next(const struct y_result *r, struct y_deletes *at,
+               struct y_part *range)
+{
+    bool any = false;
+
+    *range = (struct y_part){ 0 };
+    for (;;) {
+        const struct y_part *p = NULL, *gc;
+        bool is_gc;
+        while (at->gc < r->n_structs &&
+               !(r->gc_deletes && y_part(r, at->gc)->kind == Y_GC))
+            at->gc++;
+        gc = at->gc < r->n_structs ? y_part(r, at->gc) : NULL;
+        if (at->range < r->n)
+            p = y_part(r, at->range);
+        is_gc = gc != NULL &&
+                (p == NULL || gc->client > p->client ||
+                 (gc->client == p->client && gc->clock < p->clock));
+        p = is_gc ? gc : p;
+        if (p == NULL || (any && (p->client != range->client ||
+                                  p->clock > range->end)))
+            return any;
+        if (!any)
+            *range = *p;
+        else if (p->end > range->end)
+            range->end = p->end;
+        any = true;
+        if (is_gc)
+            at->gc++;
+        else
+            at->range++;
+    }
+}
+
+static void
+y_put_deletes(struct y_sink *o, const struct y_result *r, uint64_t *ranges)
+{
+    const struct y_deletes start = { .range = r->n_structs };
+    struct y_deletes at = start, ahead = start;
+    struct y_part p;
+    uint64_t clients = 0, client = 0, n;
+
+    *ranges = 0;
+    while (y_deletes_next(r, &ahead, &p)) {
+        clients += *ranges == 0 || p.client != client;
+        client = p.client;
+        ++*ranges;
+    }
+    y_put_uint(o, clients);
+    for (; clients > 0; clients--) {
+        ahead = at;
+        for (n = 0; y_deletes_next(r, &ahead, &p); n++) {
+            if (n > 0 && p.client != client)
+                break;
+            client = p.client;
+        }
+        y_put_id(o, (struct y_id){ client, n });
+        for (; n > 0; n--) {
+            (void)y_deletes_next(r, &at, &p);
+            y_put_id(o, (struct y_id){ p.clock, p.end - p.clock });
+        }
+    }
+}
+
+static void
+y_put_result(struct y_sink *o, struct y_result *r)
+{
+    uint64_t n;
+
+    r->clients = r->structs = 0;
+    for (uint32_t i = 0; i < r->n_structs; i++)
+        r->clients += i == 0 ||
+                      y_part(r, i)->client != y_part(r, i - 1)->client;
+    y_put_uint(o, r->clients);
+    for (uint32_t i = 0; i < r->n_structs; r->structs += n)
+        i = y_put_section(o, r, i, &n);
+    r->deletes_at = (size_t)o->n;
+    y_put_deletes(o, r, &r->ranges);
+}
+
+/* Writes what an operation has prepared: r->bytes bytes. */
+static void
+y_write(struct y_result *r, struct out *out)
+{
+    struct y_sink o = { out, 0 };
+
+    must(r->answer == Y_OK);
+    y_put_result(&o, r);
+    must(o.n == r->bytes);
+}
+
+static enum y_answer
+y_finish(struct y_result *r)
+{
+    struct y_sink count = { NULL, 0 };
+
+    if (r->answer != Y_OK)
+        return r->answer;
+    y_put_result(&count, r);
+    r->bytes = (size_t)count.n;
+    r->empty = r->structs == 0 && r->ranges == 0;
+    return Y_OK;
+}
+
+/* ----- the operations --------------------------------------------------- */
+
+/* All of a document as one compact update. */
+static enum y_answer
+y_merge(const struct y_store *store, enum y_gc mode, struct y_work work,
+        struct y_result *r)
+{
+    y_begin(r, work);
+    y_load_store(r, store, Y_ALL);
+    y_settle(r, false);
+    if (mode != Y_GC_OFF)
+        y_clean(r, mode);
+    return y_finish(r);
+}
+
+static void
+y_cover(struct y_result *r, struct y_stretch s)
+{
+    const struct y_part p = { .client = s.client, .clock = s.from,
+                              .end = s.to, .kind = Y_GC, .flags = Y_COVER };
+
+    if (s.from < s.to)
+        y_add(r, &p);
+}
+
+/* What of a document somebody lacks who has what a state vector says, and the
+ * whole delete set, of which it says nothing. */
+static enum y_answer
+y_diff(const struct y_store *store, struct span sv, struct y_work work,
+       struct y_result *r)
+{
+    struct y_in in = { .in = sv };
+    uint64_t left = y_count(&in, 2);
+    struct y_id entry;
+
+    y_begin(r, work);
+    while (y_sv_next(&in, &left, &entry))
+        y_cover(r, (struct y_stretch){ entry.client, 0, entry.clock });
+    if (in.fault != NULL)
+        r->answer = Y_BROKEN;
+    y_load_store(r, store, Y_ALL);
+    y_settle(r, false);
+    return y_finish(r);
+}
+
+/* What of an update a document does not have yet.  Its structs need not be
+ * looked at: `known` says which there are. */
+static enum y_answer
+y_minus(const struct y_store *store, const struct y_known *known,
+        struct span update, struct y_work work, struct y_result *r)
+{
+    struct y_walk w = y_walk(update);
+    const struct y_known_client *c;
+    struct y_stretch s;
+    uint64_t client = 0;
+
+    y_begin(r, work);
+    for (size_t i = 0; i < known->n_islands; i++)
+        y_cover(r, known->islands[i]);
+    for (bool first = true; y_walk_stretch(&w, &s); first = false) {
+        if (!first && s.client == client)
+            continue; /* its section goes on behind a Skip */
+        client = s.client;
+        if ((c = y_known_get(known, client)) != NULL)
+            y_cover(r, (struct y_stretch){ client, 0, c->next });
+    }
+    if (w.left > 0)
+        y_load_store(r, store, Y_COVERED_RANGES);
+    y_load(r, update, 0, Y_ALL);
+    y_settle(r, true);
+    return y_finish(r);
+}
+
+/* ----- pieces ---------------------------------------------------------------
+ * Cuts a canonical update into legal updates of about `most` bytes: first the
+ * structs, then the delete set.  Two uses:
+ *
+ *   journal   a damaged record costs a piece, not the document
+ *   joining   pieces go ahead of the SyncStep2 to a client, which must not act
+ *             on half a document.  So each client's first struct (of a long
+ *             one, its beginning) is held back: the others can only wait for
+ *             it.  y_pieces_close writes what was held back, and the delete set
+ * ------------------------------------------------------------------------- */
+
+/* Bytes that are held back of a long struct. */
+#define Y_HELD 256
+
+/* Bytes a piece takes beside its structs, and each list in it. */
+#define Y_PIECE_COST 8
+#define Y_LIST_COST 24
+
+struct y_pieces {
+    struct y_walk walk; /* behind the part */
+    struct y_part part; /* what comes next, if there is more */
+    bool more;
+    bool whole;         /* the update is one piece */
+    bool joining;
+    uint64_t most;
+    /* of the piece that is being put together: */
+    bool any;           /* there is something in it, */
+    bool ranges;        /* ranges, not structs; */
+    uint64_t client;    /* the last is of this client, */
+    uint64_t room;      /* and so many bytes may follow */
+};
+
+/* Cuts off what of a long string, list of values or of JSON texts fits into so
+ * many bytes.  False: all of p does, or it cannot be cut. */
+static bool
+y_cut_to_fit(struct y_part *p, uint64_t bytes, struct y_part *left)
+{
+    const uint8_t *content = p->head + p->skip;
+    uint64_t units = 0;
+
+    if (y_size(p) <= bytes)
+        return false;
+    if (p->kind == Y_STRING) {
+        /* a character that is begun counts whole */
+        units = y_units(span_of(content, bytes < p->bytes ? (size_t)bytes + 1
+                                                          : p->bytes));
+    } else if (p->kind == Y_ANY || p->kind == Y_JSON) {
+        struct y_in in = y_over(content, p->bytes);
+        do {
+            if (p->kind == Y_ANY)
+                y_skip_any(&in);
+            else
+                (void)y_text(&in);
+            units++;
+        } while ((uint64_t)(in.in.at - content) < bytes);
+    }
+    if (units == 0 || units >= p->end - p->clock)
+        return false;
+    y_cut(p, p->clock + units, left);
+    return true;
+}
+
+/* Writes a struct that is one part, or a range. */
+static void
+y_put_part(struct y_sink *o, const struct y_part *p)
+{
+    if (p->kind == Y_RANGE) {
+        y_put_id(o, (struct y_id){ p->clock, p->end - p->clock });
+        return;
+    }
+    y_put_open(o, p, p->end - p->clock, y_size(p));
+    y_put_content(o, p);
+}
+
+/* Goes on to the next part; holes are seen by their clocks. */
+static void
+y_pieces_step(struct y_pieces *c)
+{
+    struct y_part held;
+
+    do {
+        c->more = y_walk_next(&c->walk, &c->part) &&
+                  !(c->joining && c->walk.in_deletes);
+    } while (c->more && (c->part.kind == Y_SKIP ||
+                         (c->joining && c->walk.opened &&
+                          !y_cut_to_fit(&c->part, Y_HELD, &held))));
+}
+
+static struct y_pieces
+y_pieces(struct span update, uint64_t most, bool joining)
+{
+    struct y_pieces c = { .walk = y_walk(update), .joining = joining,
+                          .whole = !joining && span_len(update) <= most,
+                          .most = most };
+
+    y_pieces_step(&c);
+    return c;
+}
+
+/* The next part of the piece that is being put together.  False: it is full.
+ * A copy of c goes the same way again. */
+static bool
+y_pieces_take(struct y_pieces *c, struct y_part *p)
+{
+    struct y_sink size = { NULL, 9 }; /* a Skip may go ahead */
+    bool cut = false;
+
+    if (!c->any)
+        c->ranges = c->part.kind == Y_RANGE;
+    if (!c->more || c->ranges != (c->part.kind == Y_RANGE))
+        return false;
+    if (!c->any || c->part.client != c->client)
+        size.n += Y_LIST_COST;
+    y_put_part(&size, &c->part);
+    if (size.n > c->room) {
+        uint64_t fixed = size.n - y_size(&c->part);
+        uint64_t fits = c->room > fixed ? c->room - fixed : 0;
+        cut = (!c->any || fits >= Y_HELD) && y_cut_to_fit(&c->part, fits, p);
+        if (!cut && c->any)
+            return false;
+    }
+    if (!cut) {
+        *p = c->part;
+        y_pieces_step(c);
+    }
+    c->any = true;
+    c->client = p->client;
+    c->room = size.n > c->room ? 0 : c->room - size.n;
+    return true;
+}
+
+/* One list of a piece. */
+static void
+y_pieces_put_list(struct y_sink *o, struct y_pieces *c)
+{
+    struct y_pieces ahead = *c;
+    uint64_t n = 0, at = c->part.clock, client = c->part.client;
+    struct y_part p;
+
+    while (y_pieces_take(&ahead, &p) && p.client == client) {
+        n += 1u + (p.kind != Y_RANGE && p.clock > at);
+        at = p.end;
+    }
+    at = c->part.clock;
+    if (c->part.kind == Y_RANGE) {
+        y_put_id(o, (struct y_id){ client, n });
+    } else {
+        y_put_uint(o, n);
+        y_put_id(o, (struct y_id){ client, at });
+    }
+    for (; n > 0; n--) {
+        const struct y_part skip = { .kind = Y_SKIP };
+        (void)y_pieces_take(c, &p);
+        if (p.kind != Y_RANGE && p.clock > at) {
+            y_put_open(o, &skip, p.clock - at, 0);
+            n--;
+        }
+        y_put_part(o, &p);
+        at = p.end;
+    }
+}
+
+/* Writes the next piece, or with out NULL counts it; answers its length, 0 if
+ * there is none.  To count without going on, count with a copy of c. */
+static size_t
+y_pieces_next(struct y_pieces *c, struct out *out)
+{
+    struct y_sink o = { out, 0 };
+    struct y_pieces ahead;
+    struct y_part p;
+    uint64_t lists = 0, client = 0;
+
+    if (!c->more)
+        return 0;
+    if (c->whole) {
+        c->more = false;
+        y_put(&o, c->walk.from, (size_t)(c->walk.r.in.end - c->walk.from));
+        return (size_t)o.n;
+    }
+    c->any = false;
+    c->room = c->most > Y_PIECE_COST ? c->most - Y_PIECE_COST : 0;
+    for (ahead = *c; y_pieces_take(&ahead, &p); client = p.client)
+        lists += lists == 0 || p.client != client;
+    if (ahead.ranges)
+        y_put_uint(&o, 0);
+    y_put_uint(&o, lists);
+    for (; lists > 0; lists--)
+        y_pieces_put_list(&o, c);
+    if (!ahead.ranges)
+        y_put_uint(&o, 0);
+    return (size_t)o.n;
+}
+
+/* Writes, or with out NULL counts, what ends a joining. */
+static size_t
+y_pieces_close(struct span update, struct out *out)
+{
+    struct y_walk w = y_walk(update);
+    struct y_sink o = { out, 0 };
+    struct y_part p, held;
+
+    y_put_uint(&o, w.lists);
+    while (y_walk_next(&w, &p) && !w.in_deletes) {
+        if (!w.opened)
+            continue;
+        if (!y_cut_to_fit(&p, Y_HELD, &held))
+            held = p;
+        y_put_uint(&o, 1);
+        y_put_id(&o, (struct y_id){ held.client, held.clock });
+        y_put_part(&o, &held);
+    }
+    y_put(&o, w.from + w.deletes_at, span_len(update) - w.deletes_at);
+    return (size_t)o.n;
+}
+
+/* ----- awareness ------------------------------------------------------------
+ * Who is there, and where: a client's number, a clock that grows with every
+ * change, and a JSON object, or `null` for one that is gone. */
+
+#define Y_AWARE_ENTRIES 100
+#define Y_AWARE_BYTES 16384
+
+struct y_aware {
+    uint64_t client, clock;
+    struct span json;
+    bool gone;
+};
+
+static struct y_in
+y_aware_open(struct span message, uint64_t *left)
+{
+    struct y_in r = { .in = message };
+
+    *left = y_count(&r, 3);
+    if (*left > Y_AWARE_ENTRIES)
+        y_fail(&r, "too many states");
+    return r;
+}
+
+/* The next entry.  False: the end, or a fault. */
+static bool
+y_aware_next(struct y_in *r, uint64_t *left, struct y_aware *entry)
+{
+    struct span s;
+
+    if (*left == 0 || r->fault != NULL) {
+        if (!span_is_empty(r->in))
+            y_fail(r, "bytes behind the end");
+        return false;
+    }
+    --*left;
+    entry->client = y_get(r);
+    entry->clock = y_get(r);
+    s = entry->json = y_text(r);
+    if (span_len(s) > Y_AWARE_BYTES)
+        y_fail(r, "a state that is too long");
+    else if (r->fault == NULL && !json_check(s))
+        y_fail(r, "a state that is not JSON");
+    switch (json_next(&s)) {
+    case '{':
+        entry->gone = false;
+        break;
+    case 'n':
+        entry->gone = true;
+        break;
+    default:
+        y_fail(r, "a state that is no object");
+    }
+    return r->fault == NULL;
+}
+
+/* Checks a whole message, so that none of it is taken if some of it is bad. */
+static bool
+y_aware_check(struct span message, const char **fault)
+{
+    uint64_t left;
+    struct y_in r = y_aware_open(message, &left);
+    struct y_aware entry;
+
+    while (y_aware_next(&r, &left, &entry))
+        ;
+    *fault = r.fault;
+    return r.fault == NULL;
+}
+
+static void
+out_aware(struct out *o, const struct y_aware *entry)
+{
+    struct span json = entry->gone ? span_text("null") : entry->json;
+
+    out_uint(o, entry->client);
+    out_uint(o, entry->clock);
+    out_uint(o, span_len(json));
+    out_span(o, json);
+}
+/* ===== 8  Journal ==========================================================
+ * Documents on disk: one file each, appended to, read back after any accident,
+ * written anew now and then.  Payloads are opaque here.  Nothing is owned but
+ * open files; no threads, but jrnl_sync and jrnl_install touch only what they
+ * are given, so a helper thread may run them.
+ *
+ *   DIR/lock                     flock: one process writes in DIR
+ *   DIR/NAME.ydoc                a document, NAME escaped (see jrnl_path)
+ *   DIR/NAME.ydoc.new            one in the making; removed at the next start
+ *   DIR/NAME.ydoc.damaged-1..3   originals from which something was missing
+ *
+ * Format 1.  Numbers are little-endian.  A file is a head and records, back to
+ * back, without padding:
+ *
+ *          0                        8         9   10       10+n
+ *          ├────────────────────────┼─────────┼───┼────────┼─────────┬┄
+ *   head   │ 89 y d o c  0d 0a 1a   │ version │ n │ name,  │ CRC of  │ records
+ *          │ (shows text-mode copy) │ 1       │   │ n B    │ 0..9+n  │
+ *          └────────────────────────┴─────────┴───┴────────┴─────────┴┄
+ *          0          3      4         8         12        16
+ *          ├──────────┼──────┼─────────┼─────────┼─────────┼──────────┐
+ *   record │ fa 4a 52 │ kind │ length  │ CRC of  │ CRC of  │ payload, │
+ *          │ the mark │      │         │ payload │ 0..11   │ length B │
+ *          └──────────┴──────┴─────────┴─────────┴─────────┴──────────┘
+ *
+ *   CRC       CRC-32C (Castagnoli), as in iSCSI.  The last one of a record is
+ *             taken over its offset in the file (8 bytes), then bytes 0..11.
+ *   kind      1  a piece of the snapshot; they stand first in the file, so the
+ *                first record of another kind says where the snapshot ends
+ *             2  updates accepted since
+ *             Others with good CRCs are passed over and counted.  The payload
+ *             of both is a run: (varuint length, update), again and again.
+ *   version   Every version keeps the file's head as it is here.  One that this
+ *             program does not know is refused and left alone.
+ *
+ * Reading.  Where a good record should begin and none does, the next good one
+ * is searched for by its mark.  Found: what lies between is damage, one flipped
+ * bit costs one record.  Not found: it is the torn tail of a write that a crash
+ * or power cut interrupted; nobody was promised anything in it.  (A good head
+ * with a bad payload is called damage at the end, too, to be on the safe side.)
+ *   - A payload may hold bytes that look like a record, even a whole journal
+ *     that somebody pasted into a document.  So the head has a CRC of its own,
+ *     and the offset in it makes a record good in one place only; nor do blocks
+ *     of a deleted file count that a power cut left in this one.
+ *   - If the head is good, its length is, so a bad payload is stepped over as
+ *     a whole.  That makes the search linear, whatever stands in the file.
+ *   - The mark begins with a byte that UTF-8 never has: text is passed quickly.
+ *   - A file's head may be damaged, too: records do not need it.  Then the name
+ *     is the one that the file's name says.
+ *
+ * Writing.  A record is one pwritev at the known end, not O_APPEND: what stands
+ * behind the end, after a failed write or by a stranger's hand, never gets
+ * between records.  What failed is cut off again, and if even that fails, the
+ * file is not used any more (`broken`), like one whose fdatasync failed: the
+ * kernel may have dropped what was dirty and forgotten the error.  The way out
+ * is always the same, write the document whole to a new file:
+ *
+ *   jrnl_create ─▶ jrnl_append each piece ─▶ jrnl_sync ─▶ jrnl_install: rename
+ *   over the old one, sync the folder.
+ *
+ * At each moment NAME.ydoc is whole, the old one or the new one.  With one
+ * exception: a damaged original goes aside first, by a rename (FAT has no
+ * links), so a crash may leave NAME.ydoc.damaged-N and NAME.ydoc.new, already
+ * synced, and nothing between.  The next start finishes that.
+ * ========================================================================= */
+
+#define JRNL_VERSION 1
+#define JRNL_MAGIC "\x89ydoc\r\n\x1a"
+#define JRNL_MARK "\xfaJR"
+#define JRNL_HEAD 16 /* bytes of a record ahead of the payload */
+
+/* A file's head is at most 10 + 255 + 4; a reader needs room for it. */
+#define JRNL_LENT_MIN 512
+
+/* Any off_t can say it, and documents that stand in memory stay below. */
+#define JRNL_FILE_MAX INT32_MAX
+
+#define JRNL_PATH 256  /* NAME_MAX and a zero */
+#define JRNL_STEM 128  /* longest escaped name; with ".ydoc.damaged-1" 143, the
+                        * most that an encrypted folder (eCryptfs) takes */
+#define JRNL_PREFIX 64 /* what is kept of a longer one, ahead of its hash */
+#define JRNL_ASIDE 3   /* damaged originals kept of one document */
+
+_Static_assert(COLLABD_NAME_MAX <= UINT8_MAX, "a file's head has one byte");
+
+enum jrnl_kind {
+    JRNL_SNAPSHOT = 1,
+    JRNL_UPDATES = 2,
+    JRNL_TRIAL = 255 /* only to see whether there is room; passed over */
+};
+
+struct jrnl_folder {
+    int fd, lock; /* -1: not open; a reader has no lock */
+};
+
+/* A file that is open.  Small, so that a helper thread is given a copy. */
+struct jrnl_file {
+    int fd; /* -1: closed */
+    bool broken;  /* not to be written again; write the document anew */
+    bool damaged; /* something is missing in it: keep it aside */
+    bool refused; /* a write failed and that was said; until jrnl_synced */
+    uint64_t end;    /* written up to there; before jrnl_resume: its size */
+    uint64_t synced; /* on the disk up to there, as far as we know */
+    struct span name; /* the document's, borrowed while this lives */
+};
+
+#define JRNL_CLOSED { .fd = -1 }
+
+struct jrnl_record {
+    uint64_t from, to; /* its bytes in the file, with the head */
+    uint8_t kind;
+    struct span payload; /* .at NULL: longer than the memory lent */
+};
+
+enum jrnl_found {
+    JRNL_ERROR = -1, /* errno; logged */
+    JRNL_END,        /* of what is good; a torn tail if from < to */
+    JRNL_RECORD,
+    JRNL_DAMAGE      /* from .. to - 1; a good record follows */
+};
+
+/*   invariants   1  at <= size,  from + have <= size,  have <= lent_len
+ *                2  lent[0 .. have - 1] are the file's bytes from `from` on
+ *                3  at only grows
+ */
+struct jrnl_reader {
+    int fd;
+    bool headless; /* the file's head is bad; it has no version and no name */
+    bool ended;
+    uint8_t version, name_len;
+    uint8_t name[UINT8_MAX];
+    uint8_t *lent;
+    size_t lent_len, have;
+    uint64_t from, size; /* size: when reading began */
+    uint64_t at;         /* behind the last record or damage that was found */
+    unsigned damages, unknown; /* gaps; records of unknown kinds */
+    uint64_t damaged;          /* bytes in those gaps */
+    struct span asked; /* whose file it should be; empty: anybody's, no log */
+};
+
+/* ----- numbers ---------------------------------------------------------- */
+
+/* A CRC is linear: that of a byte is the sum of those of its bits. */
+/* clang-format off */
+#define JRNL_CRC_1(n) \
+    (((n) &   1 ? 0xf26b8303 : 0u) ^ ((n) &   2 ? 0xe13b70f7 : 0u) ^ \
+     ((n) &   4 ? 0xc79a971f : 0u) ^ ((n) &   8 ? 0x8ad958cf : 0u) ^ \
+     ((n) &  16 ? 0x105ec76f : 0u) ^ ((n) &  32 ? 0x20bd8ede : 0u) ^ \
+     ((n) &  64 ? 0x417b1dbc : 0u) ^ ((n) & 128 ? 0x82f63b78 : 0u))
+#define JRNL_CRC_4(n) JRNL_CRC_1(n), JRNL_CRC_1((n) + 1), \
+                      JRNL_CRC_1((n) + 2), JRNL_CRC_1((n) + 3)
+#define JRNL_CRC_16(n) JRNL_CRC_4(n), JRNL_CRC_4((n) + 4), \
+                       JRNL_CRC_4((n) + 8), JRNL_CRC_4((n) + 12)
+#define JRNL_CRC_64(n) JRNL_CRC_16(n), JRNL_CRC_16((n) + 16), \
+                       JRNL_CRC_16((n) + 32), JRNL_CRC_16((n) + 48)
+/* clang-format on */
+
+/* CRC-32C of more bytes, after those of which `crc` is; of none it is 0. */
+static uint32_t
+jrnl_crc(uint32_t crc, const uint8_t *at, size_t len)
+{
+    static const uint32_t table[256] = { JRNL_CRC_64(0), JRNL_CRC_64(64),
+                                         JRNL_CRC_64(128), JRNL_CRC_64(192) };
+
+    crc = ~crc;
+    for (size_t i = 0; i < len; i++)
+        crc = crc >> 8 ^ table[(crc ^ at[i]) & 255];
+    return ~crc;
+}
+
+static uint32_t
+jrnl_get32(const uint8_t *at)
+{
+    return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 |
+           (uint32_t)at[3] << 24;
+}
+
+static void
+jrnl_put32(struct out *o, uint32_t n)
+{
+    for (int shift = 0; shift < 32; shift += 8)
+        out_u8(o, (uint8_t)(n >> shift));
+}
+
+/* The CRC that belongs in a record's head at this offset. */
+static uint32_t
+jrnl_head_crc(uint64_t offset, const uint8_t *head)
+{
+    uint8_t place[8];
+    struct out o = out_over(place, sizeof place);
+
+    jrnl_put32(&o, (uint32_t)offset);
+    jrnl_put32(&o, (uint32_t)(offset >> 32));
+    return jrnl_crc(jrnl_crc(0, place, sizeof place), head, JRNL_HEAD - 4);
+}
+
+/* ----- names ------------------------------------------------------------ */
+
+/* The name of a document's file in the folder, with a suffix behind ".ydoc".
+ * Every byte but a-z 0-9 - _ and a `.` that is not the first becomes %xx.  So
+ * names that differ in case, or in how an accent is spelt, are different files
+ * on disks that see no difference there, none is hidden and none leaves the
+ * folder.  Of an escaped name that is too long a prefix is kept, then "%-",
+ * which no escape begins with, and a hash; which document's file it is, its
+ * head says. */
+static const char *
+jrnl_path(struct span name, const char *suffix, char path[JRNL_PATH])
+{
+    struct out o = out_over(path, JRNL_STEM);
+    uint8_t hash[32];
+
+    must(!span_is_empty(name) && span_len(name) <= COLLABD_NAME_MAX);
+    for (const uint8_t *b = name.at; b < name.end; b++) {
+        if ((*b >= 'a' && *b <= 'z') || byte_is_digit(*b) || *b == '-' ||
+            *b == '_' || (*b == '.' && b > name.at)) {
+            out_u8(&o, *b);
+        } else {
+            out_u8(&o, '%');
+            out_hex(&o, b, 1);
+        }
+    }
+    o.end = (uint8_t *)path + JRNL_PATH;
+    if (o.full) {
+        sys_hash(MBEDTLS_MD_SHA256, name, hash);
+        o.at = (uint8_t *)path + JRNL_PREFIX;
+        o.full = false;
+        out_text(&o, "%-");
+        out_hex(&o, hash, 16);
+    }
+    out_text(&o, ".ydoc");
+    out_text(&o, suffix);
+    out_u8(&o, '\0');
+    must(!o.full);
+    return path;
+}
+
+/* The way back, for a file whose head is damaged.  False: no name has this
+ * file, or the file's name has only its hash. */
+static bool
+jrnl_unescape(const char *file, struct out *name)
+{
+    const uint8_t *begin = name->at;
+    struct span s = span_text(file);
+    char path[JRNL_PATH];
+
+    s.end -= span_len(s) < 5 ? span_len(s) : 5;
+    while (s.at < s.end) {
+        uint8_t b = *s.at++;
+        if (b == '%') {
+            if (span_len(s) < 2 || hex_value(s.at[0]) < 0 ||
+                hex_value(s.at[1]) < 0)
+                return false;
+            b = (uint8_t)(hex_value(s.at[0]) << 4 | hex_value(s.at[1]));
+            s.at += 2;
+        }
+        out_u8(name, b);
+    }
+    s = (struct span){ begin, name->at };
+    return !name->full && !span_is_empty(s) &&
+           strcmp(jrnl_path(s, "", path), file) == 0;
+}
+
+/* ----- what can go wrong ------------------------------------------------ */
+
+/* What the operator can do about it. */
+static const char *
+jrnl_advice(int error)
+{
+    switch (error) {
+    case ENOSPC:
+    case EDQUOT: return "; make room on that disk";
+    case EFBIG: return "; raise the limit on the size of files";
+    case EROFS: return "; mount that disk writable";
+    case EACCES:
+    case EPERM: return "; let this user read and write there";
+    case EMFILE:
+    case ENFILE: return "; raise the limit on open files";
+    case ENOENT: return "; it or its folder is not there";
+    case EIO: return "; the disk may be failing, look into the kernel's log";
+    case EWOULDBLOCK:
+        return "; another collabd uses it: stop that one, or give each its "
+               "own folder";
+    case EPROTONOSUPPORT:
+        return "; a newer collabd wrote it and can read it; it is left alone";
+    case EEXIST: return "; it is another document's, give it its own name back";
+    case ESTALE: return "; it was cut while it was read, try again";
+    }
+    return "";
+}
+
+/* Says what could not be done with a document's file.  -1, errno as before. */
+static int
+jrnl_fail(struct span name, const char *what)
+{
+    int error = errno;
+    char path[JRNL_PATH];
+
+    log_say(LOG_LEVEL_ERROR, "journal %s: %s: %s%s", jrnl_path(name, "", path),
+            what, strerror(error), jrnl_advice(error));
+    errno = error;
+    return -1;
+}
+
+/* ----- the folder ------------------------------------------------------- */
+
+/* EINVAL: a file system on which a folder needs no sync. */
+static int
+jrnl_sync_folder(int fd)
+{
+    return sys.fsync(fd) == 0 || errno == EINVAL ? 0 : -1;
+}
+
+/* What cannot be looked at counts as there. */
+static bool
+jrnl_is_absent(const struct jrnl_folder *d, const char *path)
+{
+    return sys.faccessat(d->fd, path, F_OK, 0) != 0 && errno == ENOENT;
+}
+
+/* Begins to list the folder; NULL: errno.  libc allocates a DIR, and frees it
+ * in closedir. */
+static DIR *
+jrnl_list(const struct jrnl_folder *d)
+{
+    int fd = sys.openat(d->fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *dir = fd < 0 ? NULL : sys.fdopendir(fd);
+
+    if (fd >= 0 && dir == NULL) {
+        int error = errno;
+        (void)sys.close(fd);
+        errno = error;
+    }
+    return dir;
+}
+
+/* The next file whose name ends like this.  NULL: no more, or errno != 0. */
+static const char *
+jrnl_list_next(DIR *dir, const char *suffix)
+{
+    struct dirent *e;
+    size_t n = strlen(suffix);
+
+    while (errno = 0, (e = sys.readdir(dir)) != NULL) {
+        size_t len = strlen(e->d_name);
+        if (len > n && len < JRNL_PATH &&
+            memcmp(e->d_name + len - n, suffix, n) == 0)
+            return e->d_name;
+    }
+    return NULL;
+}
+
+/* After a crash: removes files in the making, and finishes the rename of one
+ * whose damaged original had already gone aside. */
+static int
+jrnl_tidy(const struct jrnl_folder *d)
+{
+    DIR *dir = jrnl_list(d);
+    const char *fresh;
+    int error;
+
+    if (dir == NULL)
+        return -1;
+    while ((fresh = jrnl_list_next(dir, ".ydoc.new")) != NULL) {
+        char path[JRNL_PATH], aside[JRNL_PATH + 16];
+        (void)snprintf(path, sizeof path, "%s", fresh);
+        path[strlen(path) - strlen(".new")] = '\0';
+        (void)snprintf(aside, sizeof aside, "%s.damaged-1", path);
+        if ((jrnl_is_absent(d, path) && !jrnl_is_absent(d, aside)
+                 ? sys.renameat(d->fd, fresh, d->fd, path)
+                 : sys.unlinkat(d->fd, fresh, 0)) != 0)
+            break;
+    }
+    error = errno; /* 0: came to the end */
+    (void)closedir(dir);
+    errno = error;
+    return error != 0 ? -1 : jrnl_sync_folder(d->fd);
+}
+
+/* Makes a folder and sees to it that a power cut does not take it away. */
+static int
+jrnl_folder_make(const char *path)
+{
+    int fd, up;
+
+    if (sys.mkdirat(AT_FDCWD, path, 0700) != 0)
+        return -1;
+    fd = sys.openat(AT_FDCWD, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    up = fd < 0 ? -1
+                : sys.openat(fd, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (up >= 0) { /* who may not read it cannot sync it */
+        (void)jrnl_sync_folder(up);
+        (void)sys.close(up);
+    }
+    return fd;
+}
+
+static void
+jrnl_folder_close(struct jrnl_folder *d)
+{
+    if (d->lock >= 0)
+        (void)sys.close(d->lock);
+    if (d->fd >= 0)
+        (void)sys.close(d->fd);
+    *d = (struct jrnl_folder){ -1, -1 };
+}
+
+/* Makes a folder that is open ours to write in, and tidies it. */
+static int
+jrnl_folder_lock(struct jrnl_folder *d)
+{
+    int error;
+
+    d->lock = sys.openat(d->fd, "lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC,
+                         0600);
+    if (d->lock >= 0 && sys.flock(d->lock, LOCK_EX | LOCK_NB) == 0 &&
+        jrnl_tidy(d) == 0)
+        return 0;
+    error = errno;
+    if (d->lock >= 0)
+        (void)sys.close(d->lock);
+    d->lock = -1;
+    errno = error;
+    return -1;
+}
+
+/* Opens the folder of all files once; from then on nobody needs its path.  To
+ * write: it is made if absent, locked and tidied.  Only to read, beside a
+ * server that runs: nothing is changed. */
+static int
+jrnl_folder_open(struct jrnl_folder *d, const char *path, bool to_write)
+{
+    int error;
+
+    d->lock = -1;
+    d->fd = sys.openat(AT_FDCWD, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (d->fd < 0 && errno == ENOENT && to_write)
+        d->fd = jrnl_folder_make(path);
+    if (d->fd >= 0 && (!to_write || jrnl_folder_lock(d) == 0))
+        return 0;
+    error = errno;
+    log_say(LOG_LEVEL_ERROR, "data folder %.255s: %s%s", path, strerror(error),
+            jrnl_advice(error));
+    jrnl_folder_close(d);
+    errno = error;
+    return -1;
+}
+
+/* ----- reading ---------------------------------------------------------- */
+
+/* The n bytes of the file at `at`; they stand until the next call.  NULL: they
+ * cannot be read, errno. */
+static const uint8_t *
+jrnl_peek(struct jrnl_reader *r, uint64_t at, size_t n)
+{
+    size_t want;
+
+    must(n <= r->lent_len && at <= r->size && n <= r->size - at);
+    if (at >= r->from && at + n <= r->from + r->have)
+        return r->lent + (at - r->from);
+    want = r->size - at < r->lent_len ? (size_t)(r->size - at) : r->lent_len;
+    r->from = at;
+    r->have = 0;
+    while (r->have < want) {
+        ssize_t got = sys.pread(r->fd, r->lent + r->have, want - r->have,
+                                (off_t)(at + r->have));
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got == 0)
+            errno = ESTALE;
+        if (got <= 0)
+            return NULL;
+        r->have += (size_t)got;
+    }
+    return r->lent;
+}
+
+/* Is there a good record at `at`?  JRNL_DAMAGE: no, and rec->to says from where
+ * on there may be one. */
+static enum jrnl_found
+jrnl_judge(struct jrnl_reader *r, uint64_t at, struct jrnl_record *rec)
+{
+    const uint8_t *bytes;
+    uint32_t len, wanted, crc = 0;
+
+    *rec = (struct jrnl_record){ .from = at, .to = at + 1 };
+    if (r->size - at < JRNL_HEAD)
+        return JRNL_DAMAGE;
+    bytes = jrnl_peek(r, at, JRNL_HEAD);
+    if (bytes == NULL)
+        return JRNL_ERROR;
+    len = jrnl_get32(bytes + 4);
+    if (memcmp(bytes, JRNL_MARK, 3) != 0 ||
+        jrnl_get32(bytes + 12) != jrnl_head_crc(at, bytes) ||
+        len > r->size - at - JRNL_HEAD)
+        return JRNL_DAMAGE;
+    rec->kind = bytes[3];
+    rec->to = at + JRNL_HEAD + len;
+    rec->payload = span_of(len == 0 ? bytes + JRNL_HEAD : NULL, 0);
+    wanted = jrnl_get32(bytes + 8);
+    for (at += JRNL_HEAD; at < rec->to;) {
+        size_t n = rec->to - at < r->lent_len ? (size_t)(rec->to - at)
+                                              : r->lent_len;
+        bytes = jrnl_peek(r, at, n);
+        if (bytes == NULL)
+            return JRNL_ERROR;
+        crc = jrnl_crc(crc, bytes, n);
+        if (n == len)
+            rec->payload = span_of(bytes, n);
+        at += n;
+    }
+    return crc == wanted ? JRNL_RECORD : JRNL_DAMAGE;
+}
+
+/* Moves *at on to a byte that may begin a mark, or to the end. */
+static int
+jrnl_seek(struct jrnl_reader *r, uint64_t *at)
+{
+    while (*at < r->size) {
+        struct span s;
+        const uint8_t *hit;
+        s.at = jrnl_peek(r, *at, 1);
+        if (s.at == NULL)
+            return -1;
+        s.end = r->lent + r->have;
+        hit = span_find(s, (uint8_t)JRNL_MARK[0]);
+        *at += (uint64_t)(hit - s.at);
+        if (hit < s.end)
+            return 0;
+    }
+    return 0;
+}
+
+/* What comes next in a file.  Payloads stand until the next call, or, if the
+ * memory lent holds the whole file, as long as that memory. */
+static enum jrnl_found
+jrnl_next(struct jrnl_reader *r, struct jrnl_record *rec)
+{
+    uint64_t at = r->at;
+    enum jrnl_found found = JRNL_END;
+
+    while (at < r->size) {
+        found = jrnl_judge(r, at, rec);
+        if (found == JRNL_RECORD && at > r->at) {
+            *rec = (struct jrnl_record){ .from = r->at, .to = at };
+            r->damages++;
+            r->damaged += at - r->at;
+            r->at = at; /* and there it is found again */
+            return JRNL_DAMAGE;
+        }
+        if (found == JRNL_DAMAGE && rec->to > at + 1) {
+            rec->from = r->at; /* its head is good, so it was written whole */
+            r->damages++;
+            r->damaged += rec->to - r->at;
+            r->at = rec->to;
+            return JRNL_DAMAGE;
+        }
+        at = rec->to;
+        if (found == JRNL_RECORD) {
+            r->at = at;
+            if (rec->kind == JRNL_SNAPSHOT || rec->kind == JRNL_UPDATES)
+                return JRNL_RECORD;
+            r->unknown += rec->kind != JRNL_TRIAL;
+        } else if (found == JRNL_ERROR || jrnl_seek(r, &at) != 0) {
+            if (!span_is_empty(r->asked))
+                (void)jrnl_fail(r->asked, "cannot be read");
+            return JRNL_ERROR;
+        }
+    }
+    *rec = (struct jrnl_record){ .from = r->at, .to = r->size };
+    r->ended = true;
+    return JRNL_END;
+}
+
+/* Begins to read a file of that size through lent memory, JRNL_LENT_MIN bytes
+ * at least.  If that is as long as the file, it is read at once. */
+static int
+jrnl_read_head(struct jrnl_reader *r, int fd, uint64_t size, void *lent,
+               size_t lent_len)
+{
+    size_t n = size < 14 + UINT8_MAX ? (size_t)size : 14 + UINT8_MAX, end;
+    const uint8_t *head;
+
+    must(lent_len >= JRNL_LENT_MIN);
+    *r = (struct jrnl_reader){ .fd = fd, .headless = true, .lent = lent,
+                               .lent_len = lent_len, .size = size };
+    head = jrnl_peek(r, 0, n);
+    if (head == NULL)
+        return -1;
+    if (n < 14 || memcmp(head, JRNL_MAGIC, 8) != 0)
+        return 0;
+    end = 10u + head[9];
+    if (end + 4 > n || jrnl_get32(head + end) != jrnl_crc(0, head, end))
+        return 0;
+    r->headless = false;
+    r->version = head[8];
+    r->name_len = head[9];
+    memcpy(r->name, head + 10, r->name_len);
+    r->at = end + 4;
+    return 0;
+}
+
+static struct span
+jrnl_reader_name(const struct jrnl_reader *r)
+{
+    return span_of(r->name, r->name_len);
+}
+
+/* The same for a document's file.  Its head may be damaged; but if it is good,
+ * it must be of this version and this document. */
+static int
+jrnl_read(struct jrnl_reader *r, const struct jrnl_file *f, void *lent,
+          size_t lent_len)
+{
+    int done = jrnl_read_head(r, f->fd, f->end, lent, lent_len);
+    bool known = r->headless || r->version == JRNL_VERSION;
+
+    r->asked = f->name;
+    if (done == 0 &&
+        (!known || (!r->headless &&
+                    !span_equals(jrnl_reader_name(r), f->name)))) {
+        errno = known ? EEXIST : EPROTONOSUPPORT;
+        done = -1;
+    }
+    return done == 0 ? 0 : jrnl_fail(f->name, "cannot be read");
+}
+
+/* ----- files ------------------------------------------------------------ */
+
+static void
+jrnl_close(struct jrnl_file *f)
+{
+    if (f->fd >= 0)
+        (void)sys.close(f->fd);
+    f->fd = -1;
+}
+
+/* Opens a regular file of the folder and says its size; -1: errno. */
+static int
+jrnl_open_path(const struct jrnl_folder *d, const char *path, int how,
+               uint64_t *size)
+{
+    int fd = sys.openat(d->fd, path,
+                        how | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    struct stat st;
+    int error = EINVAL;
+
+    if (fd < 0)
+        return -1;
+    if (sys.fstat(fd, &st) != 0) {
+        error = errno;
+    } else if (S_ISREG(st.st_mode)) {
+        *size = (uint64_t)st.st_size;
+        return fd;
+    }
+    (void)sys.close(fd);
+    errno = error;
+    return -1;
+}
+
+/* Opens a document's file to read it with jrnl_read, and to write behind that
+ * after jrnl_resume.  On a disk that lets itself only be read, the file comes
+ * out broken.  -1: logged, but for ENOENT, the document has none. */
+static int
+jrnl_open(const struct jrnl_folder *d, struct span name, bool to_write,
+          struct jrnl_file *f)
+{
+    char path[JRNL_PATH];
+
+    *f = (struct jrnl_file){ .fd = -1, .broken = !to_write, .name = name };
+    f->fd = jrnl_open_path(d, jrnl_path(name, "", path),
+                           to_write ? O_RDWR : O_RDONLY, &f->end);
+    if (f->fd < 0 && to_write && (errno == EROFS || errno == EACCES)) {
+        (void)jrnl_fail(name, "can only be read");
+        f->broken = true;
+        f->fd = jrnl_open_path(d, path, O_RDONLY, &f->end);
+    }
+    if (f->fd >= 0)
+        return 0;
+    return errno == ENOENT ? -1 : jrnl_fail(name, "cannot be opened");
+}
+
+/* After a reader has come to the end: says what was wrong, and cuts a torn tail
+ * so that records follow records.  -1: it cannot be cut; the file is broken,
+ * what was read from it is good. */
+static int
+jrnl_resume(struct jrnl_file *f, const struct jrnl_reader *r)
+{
+    uint64_t torn = r->size - r->at;
+    char path[JRNL_PATH];
+
+    must(r->ended && r->fd == f->fd);
+    f->end = r->at;
+    f->synced = 0; /* it may still be on its way since before a crash */
+    f->damaged = r->damages > 0 || (r->headless && r->size > 0);
+    f->broken |= r->headless;
+    if (f->damaged || r->unknown > 0 || torn > 0)
+        log_say(f->damaged ? LOG_LEVEL_ERROR : LOG_LEVEL_WARNING,
+                "journal %s: read, but for %u damaged places (%" PRIu64
+                " bytes%s), %u records of unknown kinds and a last write cut "
+                "short (%" PRIu64 " bytes)",
+                jrnl_path(f->name, "", path), r->damages, r->damaged,
+                r->headless ? ", also its head" : "", r->unknown, torn);
+    if (f->broken || torn == 0 || sys.ftruncate(f->fd, (off_t)f->end) == 0)
+        return 0;
+    f->broken = true;
+    return jrnl_fail(f->name, "its torn tail cannot be cut off");
+}
+
+/* One write at the end: all of it, or none and -1. */
+static ssize_t
+jrnl_write(struct jrnl_file *f, const struct iovec *parts, int count)
+{
+    uint64_t want = 0;
+    ssize_t done = -1;
+    int error;
+
+    for (int i = 0; i < count; i++)
+        want += parts[i].iov_len;
+    errno = EFBIG;
+    if (want <= JRNL_FILE_MAX && f->end + want <= JRNL_FILE_MAX)
+        do
+            done = sys.pwritev(f->fd, parts, count, (off_t)f->end);
+        while (done < 0 && errno == EINTR);
+    if (done >= 0 && (uint64_t)done == want) {
+        f->end += want;
+        return done;
+    }
+    error = done < 0 ? errno : ENOSPC; /* the next byte would have told */
+    f->broken = sys.ftruncate(f->fd, (off_t)f->end) != 0;
+    errno = error;
+    if (!f->refused)
+        (void)jrnl_fail(f->name, f->broken ? "cannot be written, nor cut back"
+                                           : "cannot be written");
+    f->refused = true;
+    return -1;
+}
+
+/* Appends a record; the bytes it took.  -1: the file is as before, or broken;
+ * who tries again and again is heard once. */
+static ssize_t
+jrnl_append(struct jrnl_file *f, enum jrnl_kind kind, struct span payload)
+{
+    uint8_t head[JRNL_HEAD];
+    struct out o = out_over(head, sizeof head);
+    struct iovec parts[2] = { { head, sizeof head },
+                              { (void *)payload.at, span_len(payload) } };
+
+    if (f->broken) {
+        errno = EIO;
+        return -1;
+    }
+    out_bytes(&o, JRNL_MARK, 3);
+    out_u8(&o, (uint8_t)kind);
+    jrnl_put32(&o, (uint32_t)span_len(payload));
+    jrnl_put32(&o, jrnl_crc(0, payload.at, span_len(payload)));
+    jrnl_put32(&o, jrnl_head_crc(f->end, head));
+    must(o.at == o.end);
+    return jrnl_write(f, parts, 2);
+}
+
+/* Waits until the disk has all of a file up to copy->end; may run on another
+ * thread, on a copy.  A file that somebody deleted is an error: nobody would
+ * find again what is written to it. */
+static int
+jrnl_sync(const struct jrnl_file *copy)
+{
+    struct stat st = { .st_nlink = 1 };
+    int done;
+
+    do
+        done = sys.fdatasync(copy->fd);
+    while (done != 0 && errno == EINTR);
+    if (done == 0)
+        done = sys.fstat(copy->fd, &st);
+    if (done == 0 && st.st_nlink == 0) {
+        errno = ENOENT;
+        done = -1;
+    }
+    return done == 0 ? 0
+                     : jrnl_fail(copy->name, "may not have reached the disk, "
+                                             "so it is written anew");
+}
+
+/* What jrnl_sync of a copy with that end came to. */
+static void
+jrnl_synced(struct jrnl_file *f, uint64_t end, int done)
+{
+    must(end <= f->end);
+    f->broken |= done != 0;
+    f->refused &= done != 0;
+    if (done == 0 && end > f->synced)
+        f->synced = end;
+}
+
+/* ----- a new file ------------------------------------------------------- */
+
+/* Throws away a file in the making. */
+static void
+jrnl_discard(const struct jrnl_folder *d, struct jrnl_file *f)
+{
+    char fresh[JRNL_PATH];
+
+    jrnl_close(f);
+    (void)sys.unlinkat(d->fd, jrnl_path(f->name, ".new", fresh), 0);
+}
+
+/* Begins a file beside a document's present one, if there is one; the bytes it
+ * took.  f comes closed and keeps its `refused`. */
+static ssize_t
+jrnl_create(const struct jrnl_folder *d, struct span name, struct jrnl_file *f)
+{
+    uint8_t head[14 + UINT8_MAX];
+    struct out o = out_over(head, sizeof head);
+    char fresh[JRNL_PATH];
+    struct iovec all = { head, 0 };
+
+    must(f->fd < 0);
+    *f = (struct jrnl_file){ .fd = -1, .refused = f->refused, .name = name };
+    (void)sys.unlinkat(d->fd, jrnl_path(name, ".new", fresh), 0);
+    f->fd = sys.openat(d->fd, fresh, O_RDWR | O_CREAT | O_TRUNC | O_NOFOLLOW |
+                                         O_CLOEXEC, 0600);
+    if (f->fd < 0) {
+        if (!f->refused)
+            (void)jrnl_fail(name, "cannot be written anew");
+        f->refused = true;
+        return -1;
+    }
+    out_bytes(&o, JRNL_MAGIC, 8);
+    out_u8(&o, JRNL_VERSION);
+    out_u8(&o, (uint8_t)span_len(name));
+    out_span(&o, name);
+    jrnl_put32(&o, jrnl_crc(0, head, (size_t)(o.at - head)));
+    all.iov_len = (size_t)(o.at - head);
+    if (jrnl_write(f, &all, 1) > 0)
+        return (ssize_t)all.iov_len;
+    jrnl_discard(d, f);
+    return -1;
+}
+
+/* Puts a new file in the place of the old one, or gives the first one its
+ * name.  Only the folder's sync makes that last. */
+static int
+jrnl_rename(const struct jrnl_folder *d, const struct jrnl_file *f,
+            bool keep_old)
+{
+    char fresh[JRNL_PATH], path[JRNL_PATH], aside[JRNL_PATH];
+    char suffix[] = ".damaged-1", *number = suffix + sizeof suffix - 2;
+    int error;
+
+    (void)jrnl_path(f->name, ".new", fresh);
+    (void)jrnl_path(f->name, "", path);
+    if (keep_old) { /* under the first name that is free, or the last */
+        while (!jrnl_is_absent(d, jrnl_path(f->name, suffix, aside)) &&
+               *number < '0' + JRNL_ASIDE)
+            ++*number;
+        if (sys.renameat(d->fd, path, d->fd, aside) != 0 && errno != ENOENT)
+            return jrnl_fail(f->name, "cannot be kept aside");
+    }
+    if (sys.renameat(d->fd, fresh, d->fd, path) != 0) {
+        error = errno;
+        if (keep_old)
+            (void)sys.renameat(d->fd, aside, d->fd, path);
+        errno = error;
+        return jrnl_fail(f->name, "cannot be replaced");
+    }
+    return 0;
+}
+
+/* The same with a file that is complete and synced, for good; may run on
+ * another thread, on a copy.  Records appended to the old file meanwhile are
+ * lost with it, so the owner appends to the new one as well, or waits.  -1:
+ * it is not certain which one a power cut would leave; use neither. */
+static int
+jrnl_install(const struct jrnl_folder *d, const struct jrnl_file *f,
+             bool keep_old)
+{
+    if (jrnl_rename(d, f, keep_old) != 0)
+        return -1;
+    if (jrnl_sync_folder(d->fd) != 0)
+        return jrnl_fail(f->name, "may come back as it was before");
+    return 0;
+}
+
+/* Removes all there is of a document on disk, its damaged originals as well.
+ * The file goes last: as long as it is there, so is the document. */
+static int
+jrnl_delete(const struct jrnl_folder *d, struct span name)
+{
+    static const char suffixes[][12] = { ".damaged-1", ".damaged-2",
+                                         ".damaged-3", ".new", "" };
+    char path[JRNL_PATH];
+
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++)
+        if (sys.unlinkat(d->fd, jrnl_path(name, suffixes[i], path), 0) != 0 &&
+            errno != ENOENT)
+            return jrnl_fail(name, "cannot be deleted");
+    return jrnl_sync_folder(d->fd) == 0
+               ? 0
+               : jrnl_fail(name, "may come back after a power cut");
+}
+
+/* Which document's file is it?  1: *name's.  0: a stranger's, or it is gone.
+ * -1: errno.  What its head says counts, if that is good; but a document is
+ * looked for under its own name only: a file with another one is a stranger. */
+static int
+jrnl_whose(const struct jrnl_folder *d, const char *file, uint64_t *bytes,
+           struct out *name)
+{
+    uint8_t lent[JRNL_LENT_MIN];
+    char path[JRNL_PATH];
+    struct jrnl_reader r;
+    struct span found;
+    int fd = jrnl_open_path(d, file, O_RDONLY, bytes), done, error;
+
+    if (fd < 0)
+        return errno == ENOENT || errno == ELOOP || errno == EINVAL ? 0 : -1;
+    done = jrnl_read_head(&r, fd, *bytes, lent, sizeof lent);
+    error = errno;
+    (void)sys.close(fd);
+    errno = error;
+    if (done != 0)
+        return -1;
+    if (r.headless)
+        return jrnl_unescape(file, name);
+    found = jrnl_reader_name(&r);
+    if (span_is_empty(found) || span_len(found) > COLLABD_NAME_MAX ||
+        strcmp(jrnl_path(found, "", path), file) != 0)
+        return 0;
+    out_span(name, found);
+    return !name->full;
+}
+
+/* ----- a folder looked at from outside ------------------------------------
+ * For --fsck and --list.  Nothing is written and no tail is cut, so it may be
+ * done beside a server that runs; what that is just writing may then look like
+ * a torn tail. */
+
+#define JRNL_LOOK 65536 /* bytes of a file that are read at once */
+
+/* What there is in a file. */
+struct jrnl_sight {
+    uint64_t bytes;
+    unsigned records, damages;
+    bool torn;     /* its last write is not whole */
+    bool misnamed; /* another document's file stands under this name */
+};
+
+/* Reads a file of the folder to its end.  What is wrong with it is told to
+ * `to`, if that is not NULL.  -1: errno. */
+static int
+jrnl_look(const struct jrnl_folder *d, const char *file,
+          struct jrnl_sight *sight, FILE *to)
+{
+    static const char *const what[] = { "torn tail", "", "damage" };
+    uint8_t lent[JRNL_LOOK];
+    char path[JRNL_PATH];
+    struct jrnl_reader r;
+    struct jrnl_record rec = { 0 };
+    enum jrnl_found found = JRNL_ERROR;
+    int fd, error;
+
+    *sight = (struct jrnl_sight){ 0 };
+    fd = jrnl_open_path(d, file, O_RDONLY, &sight->bytes);
+    if (fd < 0)
+        return -1;
+    if (jrnl_read_head(&r, fd, sight->bytes, lent, sizeof lent) == 0) {
+        errno = EPROTONOSUPPORT;
+        while (r.headless || r.version == JRNL_VERSION) {
+            found = jrnl_next(&r, &rec);
+            if (found == JRNL_RECORD)
+                sight->records++;
+            else if (found != JRNL_ERROR && rec.from < rec.to && to != NULL)
+                (void)fprintf(to, "%s: %s, bytes %" PRIu64 " to %" PRIu64 "\n",
+                              file, what[found], rec.from, rec.to - 1);
+            if (found == JRNL_END || found == JRNL_ERROR)
+                break;
+        }
+    }
+    error = errno;
+    (void)sys.close(fd);
+    errno = error;
+    if (found == JRNL_ERROR)
+        return -1;
+    sight->damages = r.damages + r.headless;
+    sight->torn = rec.from < rec.to;
+    sight->misnamed =
+        !r.headless &&
+        (r.name_len == 0 || r.name_len > COLLABD_NAME_MAX ||
+         strcmp(jrnl_path(jrnl_reader_name(&r), "", path), file) != 0);
+    return 0;
+}
+
+/* Ends a listing; 0, or 1 if it did not come to its end. */
+static int
+jrnl_look_end(struct jrnl_folder *d, DIR *dir, const char *path)
+{
+    int error = errno;
+
+    if (dir != NULL)
+        (void)closedir(dir);
+    jrnl_folder_close(d);
+    if (error != 0)
+        log_say(LOG_LEVEL_ERROR, "data folder %.255s: %s", path,
+                strerror(error));
+    return error != 0;
+}
+
+/* `collabd --fsck DIR`: a line for each damage and each file.  The exit code is
+ * 1 if something is missing or cannot be read. */
+static int
+jrnl_fsck(FILE *to, const char *path)
+{
+    struct jrnl_folder d;
+    struct jrnl_sight sight;
+    const char *file;
+    DIR *dir;
+    int bad = 0;
+
+    if (jrnl_folder_open(&d, path, false) != 0)
+        return 1;
+    dir = jrnl_list(&d);
+    while (dir != NULL && (file = jrnl_list_next(dir, ".ydoc")) != NULL) {
+        if (jrnl_look(&d, file, &sight, to) != 0) {
+            (void)fprintf(to, "%s: %s%s\n", file, strerror(errno),
+                          jrnl_advice(errno));
+            bad = 1;
+            continue;
+        }
+        (void)fprintf(to, "%s: %u records, %" PRIu64 " bytes%s%s\n", file,
+                      sight.records, sight.bytes,
+                      sight.damages > 0 ? ", damaged" : "",
+                      sight.misnamed ? ", another document's file" : "");
+        bad |= sight.damages > 0 || sight.misnamed || sight.torn;
+    }
+    return jrnl_look_end(&d, dir, path) | bad;
+}
+
+/* `collabd --list DIR`: name, bytes and records of each document, with tabs
+ * between; a name has no control characters. */
+static int
+jrnl_print_list(FILE *to, const char *path)
+{
+    struct jrnl_folder d;
+    struct jrnl_sight sight;
+    const char *file;
+    DIR *dir;
+    int bad = 0;
+
+    if (jrnl_folder_open(&d, path, false) != 0)
+        return 1;
+    dir = jrnl_list(&d);
+    while (dir != NULL && (file = jrnl_list_next(dir, ".ydoc")) != NULL) {
+        uint8_t name[COLLABD_NAME_MAX];
+        struct out o = out_over(name, sizeof name);
+        int known = jrnl_whose(&d, file, &sight.bytes, &o);
+        if (known == 0)
+            continue;
+        if (known < 0 || jrnl_look(&d, file, &sight, NULL) != 0) {
+            log_say(LOG_LEVEL_ERROR, "journal %s: %s%s", file, strerror(errno),
+                    jrnl_advice(errno));
+            bad = 1;
+            continue;
+        }
+        (void)fprintf(to, "%.*s\t%" PRIu64 "\t%u\n", (int)(o.at - name),
+                      (const char *)name, sight.bytes, sight.records);
+    }
+    return jrnl_look_end(&d, dir, path) | bad;
+}
+/* ===== 9  Tables ===========================================================
  * Every struct of the program, its invariants, and where it lives.
  *
  * All of it stands in one allocation made at start, zeroed and touched only
@@ -1702,7 +5384,11 @@ ring_check(const struct ring *r)
     X(READ_ONLY,  4403, "read only") \
     X(SILENT,     0,    "sent nothing for too long") \
     X(TIMEOUT,    1008, "did not finish in time") \
-    X(TLS,        0,    "TLS failed")
+    X(TLS,        0,    "TLS failed") \
+    X(MALFORMED,  4400, "malformed message") \
+    X(NO_NAME,    4404, "no document can have this name") \
+    X(DOC_MESSAGE, 4413, "message is longer than --max-message") \
+    X(CANNOT_OPEN, 4513, "the document cannot be opened now")
 /* clang-format on */
 
 enum close_reason {
@@ -1805,9 +5491,11 @@ struct tls_config {
 };
 
 struct tls {
+    struct work work; /* steps of the handshake; first, so that it is us */
     mbedtls_ssl_context ssl;
     size_t owed; /* length of a write that mbedTLS took but could not send */
     int fd;
+    int answer;    /* of the last step */
     uint16_t conn; /* NONE: free, then .next */
     uint16_t next;
     uint8_t config;
@@ -1853,6 +5541,8 @@ struct member {
     uint16_t burst_ms; /* and for so long when it was one of few */
     bool echo;        /* wants its own messages too */
     bool overtaken;   /* the ring no longer has what it was to get next */
+    bool outside;     /* in its first sync: the ring is not yet for it */
+    bool unkept;      /* something it sent was taken back */
     bool lagging;     /* counted when the room was last judged */
 };
 
@@ -1878,6 +5568,7 @@ struct conn {
     uint8_t right;     /* enum access_right, on its room */
     bool blocked;      /* the socket took less than we had */
     bool flushing;     /* in the list of those to flush */
+    bool busy;         /* a thread has it, and its socket */
     bool more;         /* input that poll() does not know of */
     bool starved;      /* waits, unread, for a pool that is dry */
     bool proxied;      /* peer was told by a trusted proxy */
@@ -1899,20 +5590,139 @@ struct conn {
     uint8_t control[COLLABD_CONTROL]; /* whole control frames, or the 101 */
 };
 
+/* ----- documents -----------------------------------------------------------
+ * A document is a snapshot and a tail.  The snapshot is one compact update and
+ * never changes; the tail is a run of the updates accepted since:
+ *
+ *      snapshot            tail
+ *     ┌────────────┐      ┌──────┬────┬───────┬────┬─────────┐
+ *     │  one update│      │update│... │update │ ...│ update  │
+ *     └────────────┘      └──────┴────┴───────┴────┴─────────┘
+ *                          members have it ─┘shown    written┘ in the journal
+ *
+ *   invariants   1  shown <= written <= tail_len <= tail.size
+ *                2  known, structs, ranges and clients say what snapshot and
+ *                   whole tail hold together
+ *                3  a room's ring ends where its tail does: both are taken
+ *                   back to `shown` together */
+
+/* Whole pages of document memory; .at NULL: none. */
+struct extent {
+    uint8_t *at;
+    size_t size;
+};
+
+struct snapshot {
+    struct extent memory;
+    size_t len, deletes_at;
+    uint16_t pins; /* members that are being sent it */
+};
+
+enum doc_state { DOC_CLOSED, DOC_OPEN };
+
+/* One client's awareness: this head, then `room` bytes for its JSON. */
+struct aware {
+    uint64_t client, clock;
+    int64_t seen_ms;
+    struct conn_id owner;
+    uint32_t len, room; /* of the JSON; len 0: it is gone */
+};
+
+enum doc_job_kind {
+    DOC_JOB_SYNC,   /* the file */
+    DOC_JOB_WRITE,  /* the snapshot into a new file */
+    DOC_JOB_INSTALL /* that, with what came meanwhile, in place of the old */
+};
+
+/* What the thread has in hand for a document, one thing at a time. */
+struct doc_job {
+    struct work work; /* first, so that it is us */
+    enum doc_job_kind kind;
+    bool busy;
+    bool folder_dirty, keep_old;
+    bool unsure; /* which of both files a power cut would leave */
+    int result;
+    struct jrnl_folder folder;
+    struct jrnl_file file;  /* a copy, to be synced */
+    struct jrnl_file fresh; /* in the making */
+    struct span snapshot;   /* pinned */
+    struct extent buffer;
+    size_t mark;            /* of the tail, that the sync covers */
+    uint64_t base;          /* bytes of the new file behind which the log is */
+    uint64_t entry;         /* of the room's ring, where the sync began */
+};
+
+struct doc {
+    enum doc_state state;
+    struct snapshot now, before; /* before: superseded, but still pinned */
+    struct extent tail;
+    size_t tail_len, written, shown;
+    struct y_known known;
+    struct extent known_memory;
+    uint64_t structs, ranges, clients;
+    struct extent aware; /* struct aware, back to back */
+    size_t aware_len;
+    struct jrnl_file file;
+    uint64_t log_bytes;  /* of the file, behind its snapshot */
+    int64_t edited_ms;   /* when the tail last grew */
+    int64_t sync_at;     /* when the file is to be synced; 0: it is */
+    int64_t compact_ms;  /* not before is the file written anew */
+    int64_t retry_ms;    /* the disk failed: when to try again; 0: it did not */
+    int64_t full_ms;     /* refused for want of room: when to look whether */
+    struct y_report wanted; /* there is room for this now; 0: not refused */
+    size_t wanted_len;
+    bool folder_dirty;   /* a new file's name is not on the disk yet */
+    bool aside;          /* it is damaged; the next compaction keeps it */
+    struct doc_job job;
+};
+
+/* What a member of a document has beside a place in the room: a block of its
+ * own, sent between frames of the ring, and a message that comes in pieces.
+ * In an array beside the clients, touched only for members of documents. */
+struct sync {
+    uint8_t head[176];      /* small frames, or the head of a large one, */
+    struct span body;       /* and what stands behind: in `memory`, or in a */
+    struct extent memory;   /* snapshot that is pinned */
+    size_t sent;            /* of head and body */
+    uint8_t head_len;
+    bool pins;              /* body, or `whole`, lies in a snapshot */
+    bool joining;           /* this is one of several blocks of a long answer: */
+    struct span whole;      /* all of it, in a snapshot or in `source` */
+    struct extent source;
+    struct y_pieces pieces; /* what comes next of it */
+    bool first;             /* it is the answer that lets it into the ring, */
+    uint64_t entry;         /* at this entry; should the ring have lost that, */
+    struct extent sv;       /* this is what it has then */
+    size_t sv_len;
+    struct extent message;  /* comes in pieces */
+    int64_t said_ms;        /* when it was last sent something */
+    const char *refusal;    /* to be told when its block is gone; or NULL */
+    bool refused;           /* it was told, and is to be asked again */
+    bool ask;               /* a SyncStep1 is to be sent, */
+    bool greet;             /* and all awareness */
+    uint8_t strange;        /* messages of unknown types */
+    uint8_t messages;       /* from it: 0, 1, 2 or more */
+    uint64_t itself;        /* the id that it began with */
+};
+
 /* ----- rooms ---------------------------------------------------------------
  *   invariants   1  every member's cursor is >= ring.tail or it is overtaken
  *                2  slowest <= every cursor of a member not overtaken
  *                3  block_bytes is the sum over blocks still there
  *                4  empty rooms stand in the list of empty ones, oldest first */
 
+enum room_kind { ROOM_CHANNEL, ROOM_DOCUMENT };
+
 struct room {
     struct ring ring;
+    enum room_kind kind;
     uint64_t flushed_pos;  /* ring.pos when last flushed */
     uint64_t slowest;      /* a lower bound of all cursors */
     uint64_t blocks_until; /* entry number behind the newest block */
     uint64_t block_bytes;
     int64_t flushed_ms, judged_ms;
     uint16_t first, count; /* members */
+    uint16_t outside;      /* of those: in their first sync */
     uint16_t bucket_next;
     uint16_t prev, next;   /* of the list of empty rooms */
     uint16_t dirty_next;
@@ -1970,7 +5780,15 @@ struct tokens {
     X(tls_handshakes, "TLS handshakes completed") \
     X(reloads,        "reloads that took effect") \
     X(reloads_failed, "reloads that changed nothing") \
-    X(turns,          "turns of the loop")
+    X(turns,          "turns of the loop") \
+    X(doc_updates,    "updates accepted") \
+    X(doc_known,      "updates that held nothing new") \
+    X(doc_refused,    "updates refused: full, failing disk, read only") \
+    X(doc_merges,     "tails merged into snapshots") \
+    X(doc_compactions, "journal files written anew") \
+    X(journal_bytes,  "bytes written to journal files") \
+    X(journal_commits, "appends to journal files") \
+    X(journal_syncs,  "syncs of journal files")
 /* clang-format on */
 
 struct counters {
@@ -1980,6 +5798,7 @@ struct counters {
     uint64_t closes[CLOSE_REASON_COUNT];
     uint64_t statuses[600 - 100];
     uint64_t turn_us_max, turn_us_sum;
+    uint64_t doc_merge_us_max, doc_load_us_max;
 };
 
 struct collabd {
@@ -1993,7 +5812,7 @@ struct collabd {
     char hostname[65];
 
     struct conn *conns;
-    struct pollfd *poll; /* listeners first, then connections, dense */
+    struct pollfd *poll; /* listeners, connections, dense, then work.wake */
     uint16_t *poll_conn;
     unsigned conns_max, conns_fresh, conns_used, poll_used;
     uint16_t conns_free;
@@ -2005,9 +5824,19 @@ struct collabd {
     uint8_t *ring_bytes;
     struct entry *ring_entries;
     uint16_t *buckets;
+    uint16_t rooms_free;
     unsigned rooms_max, rooms_fresh, rooms_used, bucket_count;
     uint16_t empty_first, empty_last, dirty_first;
     uint64_t block_budget; /* bytes of blocks a room may hold */
+
+    struct jrnl_folder data; /* .fd -1: documents live in memory */
+    struct doc *docs;        /* beside the rooms */
+    struct sync *syncs;      /* beside the clients */
+    uint64_t doc_used;       /* bytes of all extents */
+    uint64_t doc_reserve;    /* held back for the costliest merge */
+    uint64_t budget_from;    /* journal_bytes when */
+    int64_t budget_ms;       /* this hour began */
+    char complaint[120];     /* what is malformed, for the Close */
 
     struct chunks chunks;
 
@@ -2038,6 +5867,7 @@ struct collabd {
 
     struct tokens *tokens, *tokens_spare;
 
+    struct workers work;
     const sigset_t *wait_mask; /* while it waits; NULL: as it is */
     int64_t due; /* the earliest deadline of anything */
     bool stopping, stopped;
@@ -2178,9 +6008,11 @@ request_free(struct collabd *s, struct conn *c)
 /* clang-format off */
 #define MEMORY_TABLE(X) \
     X(conns,        "clients",           c->max_clients, sizeof(struct conn)) \
-    X(poll,         "poll set",          c->max_clients + COLLABD_LISTENERS, sizeof(struct pollfd)) \
+    X(poll,         "poll set",          c->max_clients + COLLABD_LISTENERS + 1, sizeof(struct pollfd)) \
     X(poll_conn,    "its owners",        c->max_clients + COLLABD_LISTENERS, sizeof(uint16_t)) \
     X(rooms,        "rooms",             c->max_rooms, sizeof(struct room)) \
+    X(docs,         "documents",         c->max_rooms, sizeof(struct doc)) \
+    X(syncs,        "their members",     c->max_clients, sizeof(struct sync)) \
     X(buckets,      "their hash table",  memory_buckets(c), sizeof(uint16_t)) \
     X(ring_bytes,   "rings",             c->max_rooms, c->ring) \
     X(ring_entries, "tables of entries", c->max_rooms, c->ring) \
@@ -2222,7 +6054,8 @@ memory_align(uint64_t n)
 }
 
 /* What libraries take beside the table: wslay's contexts at start, mbedTLS for
- * each connection, as measured idle and during a handshake. */
+ * each connection, as measured idle and during a handshake, and the stack of
+ * the thread that it runs on. */
 #define MEMORY_WSLAY 4256u
 #define MEMORY_TLS_IDLE (40u << 10)
 #define MEMORY_TLS_HANDSHAKE (15u << 10)
@@ -2234,7 +6067,9 @@ memory_libraries(const struct cfg *c)
 
     if (c->tls_listen.count > 0)
         sum += c->max_tls * MEMORY_TLS_IDLE +
-               c->max_handshakes * MEMORY_TLS_HANDSHAKE;
+               c->max_handshakes * MEMORY_TLS_HANDSHAKE + WORK_STACK;
+    if (c->data != 0)
+        sum += WORK_STACK;
     return sum;
 }
 
@@ -2252,7 +6087,8 @@ memory_slab(const struct cfg *c)
 static uint64_t
 memory_sum(const struct cfg *c)
 {
-    return memory_slab(c) + sizeof(struct collabd) + memory_libraries(c);
+    return memory_slab(c) + c->doc_memory + sizeof(struct collabd) +
+           memory_libraries(c);
 }
 
 static void
@@ -2266,6 +6102,8 @@ memory_show(const struct cfg *c, FILE *to)
                   memory_align((count) * (each)));
     MEMORY_TABLE(X)
 #undef X
+    (void)fprintf(to, "%-20s %21s %12" PRIu64 "\n", "document memory", "",
+                  c->doc_memory);
     (void)fprintf(to, "%-20s %10d %10zu %12zu\n", "the server itself", 1,
                   sizeof(struct collabd), sizeof(struct collabd) + 64);
     (void)fprintf(to, "%-20s %21s %12" PRIu64 "\n", "libraries, at most", "",
@@ -2305,16 +6143,17 @@ memory_take(struct collabd *s, const struct cfg *c)
     s->receivers_max = (unsigned)c->receive_buffers;
     s->chunks.count = (uint32_t)memory_chunks(c);
     s->chunks.free = NONE32;
-    s->block_budget = c->message_memory / 4 > c->max_message + 10
+    /* what is new of an update may be a little longer than all of it */
+    s->block_budget = c->message_memory / 4 > c->max_message + 64
                           ? c->message_memory / 4
-                          : c->max_message + 10;
+                          : c->max_message + 64;
     if (s->tokens != NULL)
         s->tokens_spare = s->tokens + 1;
     for (unsigned i = 0; i < s->bucket_count; i++)
         s->buckets[i] = NONE;
     s->conns_free = s->requests_free = s->receivers_free = NONE;
     s->flush_first = s->dirty_first = NONE;
-    s->empty_first = s->empty_last = NONE;
+    s->empty_first = s->empty_last = s->rooms_free = NONE;
 #if COLLABD_TLS
     s->tls_max = c->tls_listen.count > 0 ? (unsigned)c->max_tls : 0;
     s->tls_free = NONE;
@@ -2322,7 +6161,7 @@ memory_take(struct collabd *s, const struct cfg *c)
 #endif
     return true;
 }
-/* ===== 7  Counters ==========================================================
+/* ===== 10  Counters ========================================================
  * What is measured, and its text for GET /metrics (Prometheus text format
  * 0.0.4).  Every name begins with collabd_.
  * ========================================================================= */
@@ -2359,6 +6198,8 @@ stat_pools(const struct collabd *s, struct out *o, bool caps)
     stat_pool(o, family, "messages",
               (uint64_t)COLLABD_CHUNK *
                   (caps ? s->chunks.count : s->chunks.used));
+    stat_pool(o, family, "documents",
+              caps ? s->cfg->doc_memory : s->doc_used);
     stat_pool(o, family, "requests",
               sizeof(struct request) *
                   (caps ? s->requests_max : s->requests_used));
@@ -2385,11 +6226,23 @@ stat_backlog(const struct collabd *s, uint64_t *longest, uint64_t *held)
         *held += room->ring.head_at - room->ring.tail_at;
         for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {
             const struct member *in = &s->conns[m].in;
-            pos = in->overtaken ? 0 : ring_pos(&room->ring, in->entry);
-            if (!in->overtaken &&
-                room->ring.pos - pos - in->own > *longest)
+            if (in->overtaken || in->outside)
+                continue;
+            pos = ring_pos(&room->ring, in->entry);
+            if (room->ring.pos - pos - in->own > *longest)
                 *longest = room->ring.pos - pos - in->own;
         }
+    }
+}
+
+/* Documents that are open, and how many of them the disk refuses. */
+static void
+stat_documents(const struct collabd *s, unsigned *open, unsigned *failing)
+{
+    *open = *failing = 0;
+    for (unsigned i = 0; i < s->rooms_fresh; i++) {
+        *open += s->docs[i].state == DOC_OPEN;
+        *failing += s->docs[i].state == DOC_OPEN && s->docs[i].retry_ms > 0;
     }
 }
 
@@ -2397,6 +6250,7 @@ static void
 stat_metrics(const struct collabd *s, struct out *o)
 {
     uint64_t longest, held;
+    unsigned open, failing;
 
     stat_backlog(s, &longest, &held);
     stat_line(o, "clients", "gauge", "connections now", s->conns_used);
@@ -2405,6 +6259,14 @@ stat_metrics(const struct collabd *s, struct out *o)
     stat_line(o, "backlog_bytes_max", "gauge",
               "how far the slowest member is behind", longest);
     stat_line(o, "ring_bytes", "gauge", "what all rings hold", held);
+    stat_documents(s, &open, &failing);
+    stat_line(o, "documents", "gauge", "documents that are open", open);
+    stat_line(o, "documents_failing", "gauge",
+              "those that the disk takes nothing of", failing);
+    stat_line(o, "doc_merge_us_max", "gauge", "longest merge, microseconds",
+              s->count.doc_merge_us_max);
+    stat_line(o, "doc_load_us_max", "gauge", "longest load, microseconds",
+              s->count.doc_load_us_max);
 #define X(name, help)                                                        \
     stat_line(o, #name "_total", "counter", help, s->count.name);
     COUNTERS(X)
@@ -2435,14 +6297,25 @@ stat_metrics(const struct collabd *s, struct out *o)
                (double)s->count.turn_us_sum / 1e6);
 }
 
-static void
+/* False: the server is not well. */
+static bool
 stat_health(const struct collabd *s, struct out *o)
 {
+    unsigned open, failing;
+
+    stat_documents(s, &open, &failing);
     out_format(o, "{\"status\":\"%s\",\"version\":\"" COLLABD_VERSION "\","
-               "\"clients\":%u,\"rooms\":%u}\n",
-               s->stopping ? "stopping" : "ok", s->conns_used, s->rooms_used);
+               "\"clients\":%u,\"rooms\":%u,\"documents\":%u,"
+               "\"kept\":\"%s\"%s}\n",
+               failing > 0 ? "failing" : s->stopping ? "stopping" : "ok",
+               s->conns_used, s->rooms_used, open,
+               s->data.fd < 0 ? "in memory only" : "in --data",
+               failing > 0 ? ",\"reason\":\"the disk takes no more of some "
+                             "documents; see the log\""
+                           : "");
+    return failing == 0;
 }
-/* ===== 8  HTTP ==============================================================
+/* ===== 11  HTTP ============================================================
  * A request head to a verdict, by hand: RFC 9110, 9112 and 6455 4.2.  Pure:
  * it reads the head and points into it; what is allowed is decided elsewhere.
  *
@@ -2884,34 +6757,43 @@ http_accepts_gzip(struct span list)
     return gzip_said ? gzip : any;
 }
 
-/* A room's name from the path behind /ws/: decoded, 1 to COLLABD_NAME_MAX
- * bytes of UTF-8 without controls, no empty, `.` or `..` segment. */
+/* A name: 1 to COLLABD_NAME_MAX bytes of UTF-8 without controls, no empty, `.`
+ * or `..` segment. */
 static struct verdict
-http_room_name(struct span path, uint8_t name[COLLABD_NAME_MAX], uint8_t *len)
+http_judge_name(struct span name)
 {
-    struct out o = out_over(name, COLLABD_NAME_MAX);
     struct utf8 utf8 = { 0, 0, 0 };
-    struct span s;
+    struct span s = name;
 
-    if (!http_decode(path, &o))
-        return o.full ? HTTP_BAD("the name is longer than 128 bytes")
-                      : HTTP_BAD("a % in the name lacks its two hex digits");
-    s = (struct span){ name, o.at };
-    if (!utf8_check(&utf8, s) || !utf8_is_complete(&utf8))
+    if (span_len(name) > COLLABD_NAME_MAX)
+        return HTTP_BAD("the name is longer than 128 bytes");
+    if (!utf8_check(&utf8, name) || !utf8_is_complete(&utf8))
         return HTTP_BAD("the name is not UTF-8");
-    *len = (uint8_t)span_len(s);
-    for (size_t i = 0; i < span_len(s); i++)
-        if (name[i] < ' ' || name[i] == 0x7f ||
-            (name[i] == 0xc2 && name[i + 1] < 0xa0)) /* C1, complete UTF-8 */
+    for (const uint8_t *b = name.at; b < name.end; b++)
+        if (*b < ' ' || *b == 0x7f ||
+            (*b == 0xc2 && b[1] < 0xa0)) /* C1, complete UTF-8 */
             return HTTP_BAD("the name holds a control character");
     do {
         struct span part = span_cut(&s, '/');
         if (span_is_empty(part) || span_is(part, ".") || span_is(part, ".."))
             return HTTP_BAD("the name has an empty, `.` or `..` segment");
     } while (!span_is_empty(s));
-    if (*len == 0 || name[*len - 1] == '/')
+    if (span_is_empty(name) || name.end[-1] == '/')
         return HTTP_BAD("the name has an empty segment");
     return http_fine;
+}
+
+/* A room's name from the path behind /ws/, decoded. */
+static struct verdict
+http_room_name(struct span path, uint8_t name[COLLABD_NAME_MAX], uint8_t *len)
+{
+    struct out o = out_over(name, COLLABD_NAME_MAX);
+
+    if (!http_decode(path, &o))
+        return o.full ? HTTP_BAD("the name is longer than 128 bytes")
+                      : HTTP_BAD("a % in the name lacks its two hex digits");
+    *len = (uint8_t)(o.at - name);
+    return http_judge_name((struct span){ name, o.at });
 }
 
 static const char *
@@ -2944,7 +6826,7 @@ http_reason(int status)
     default: return "Internal Server Error";
     }
 }
-/* ===== 9  Frames ============================================================
+/* ===== 12  Frames ==========================================================
  * WebSocket frames, RFC 6455 5.  wslay's frame layer cuts the stream into
  * pieces of frames, unmasks them, and checks lengths; masks, reserved bits,
  * opcodes, fragment order, UTF-8 and close codes are checked here.
@@ -3030,6 +6912,7 @@ receiver_return(struct collabd *s, struct conn *c,
     c->receiver = NONE;
     s->receivers_used--;
     r->conn = NONE;
+    r->waiting.kind = WS_NOTHING; /* it was of a message of this client */
     if (r->fed != r->used) {
         wslay_frame_context_free(r->wslay);
         r->wslay = NULL;
@@ -3203,7 +7086,7 @@ assembly_drop(struct chunks *pool, struct assembly *m)
     m->len = 0;
     m->opcode = 0;
 }
-/* ===== 10  Access ===========================================================
+/* ===== 13  Access ==========================================================
  * Who may do what: tokens, origins, host names, proxies.  Owns the token
  * table; all else is pure.
  * ========================================================================= */
@@ -3598,7 +7481,1002 @@ access_why_host(struct span host, char *why, size_t size)
                        (int)span_len(name), (const char *)name.at);
 }
 
-/* ===== 11  Rooms ============================================================
+/* ===== 14  Documents =======================================================
+ * What a document holds, and how it is kept.
+ *
+ * A document is not integrated: it is a snapshot and a tail of updates as they
+ * came (chapter Tables draws them).  To accept an update costs a copy into the
+ * tail, whatever the document's size; now and then the tail is merged into a
+ * new snapshot.  The journal's file follows: what the tail got in a turn is
+ * appended as one record before any member sees it.
+ *
+ * All memory of documents is pages that count against --doc-memory.  Of that
+ * as much is held back as compacting the costliest open document takes, so
+ * that what has been accepted can always be made smaller.
+ * ========================================================================= */
+
+#define DOC_TAIL_MIN 65536       /* a shorter tail is not worth a merge */
+#define DOC_LOG_MIN (256u << 10) /* a shorter log is not worth a compaction */
+#define DOC_LEFT_LOG_MIN 4096u   /* ... nor is this when all have left */
+#define DOC_IDLE_MS 5000         /* without an edit: the tail is merged */
+#define DOC_RETRY_MS 2000        /* after a failure: until the next trial */
+#define DOC_SYNC_MS 1000         /* what a power cut may take */
+#define DOC_SYNC_MAX_MS 60000    /* ... with --write-budget */
+#define DOC_CLIENTS_MAX 100000   /* ids that have ever written in it */
+#define DOC_GAPS_MAX 4096        /* what came ahead of something missing */
+#define DOC_PIECE 65536          /* of a snapshot, in a record */
+#define AWARE_MAX (1u << 20)     /* bytes of awareness, of a document */
+#define AWARE_IDS_MAX 32         /* that one connection speaks for */
+#define AWARE_CLOCK_MAX UINT32_MAX
+#define AWARE_LIFE_MS 30000      /* without being renewed */
+
+/* ----- memory ----------------------------------------------------------------- */
+
+/* One page at least. */
+static uint64_t
+extent_round(uint64_t size)
+{
+    return size == 0 ? 4096 : (size + 4095) / 4096 * 4096;
+}
+
+/* What is left beyond what is held back. */
+static uint64_t
+extent_left(const struct collabd *s)
+{
+    uint64_t free = s->cfg->doc_memory - s->doc_used;
+
+    return free > s->doc_reserve ? free - s->doc_reserve : 0;
+}
+
+/* Takes pages for at least `size` bytes.  False: the machine or --doc-memory
+ * has no more; `compacting` may use what is held back. */
+static bool
+extent_take(struct collabd *s, struct extent *e, uint64_t bytes,
+            bool compacting)
+{
+    uint64_t size = extent_round(bytes);
+    void *at;
+
+    must(e->at == NULL);
+    if (size > SIZE_MAX / 2)
+        return false;
+    if (size > (compacting ? s->cfg->doc_memory - s->doc_used
+                           : extent_left(s)))
+        return false;
+    at = sys.mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED)
+        return false;
+    *e = (struct extent){ at, (size_t)size };
+    s->doc_used += size;
+    return true;
+}
+
+static void
+extent_give(struct collabd *s, struct extent *e)
+{
+    if (e->at == NULL)
+        return;
+    (void)munmap(e->at, e->size);
+    s->doc_used -= e->size;
+    *e = (struct extent){ NULL, 0 };
+}
+
+/* Makes an extent larger or smaller; its bytes stay.  False: as it was. */
+static bool
+extent_resize(struct collabd *s, struct extent *e, size_t bytes)
+{
+    size_t size = (size_t)extent_round(bytes);
+    void *at;
+
+    if (e->at == NULL)
+        return extent_take(s, e, bytes, false);
+    if (size == e->size)
+        return true;
+    if (size > e->size && size - e->size > extent_left(s))
+        return false;
+    at = sys.mremap(e->at, e->size, size, MREMAP_MAYMOVE);
+    if (at == MAP_FAILED)
+        return false;
+    s->doc_used += size;
+    s->doc_used -= e->size;
+    *e = (struct extent){ at, size };
+    return true;
+}
+
+/* As the words of --gc stand. */
+static const enum y_gc doc_gc[] = { Y_GC_AUTO, Y_GC_FULL, Y_GC_OFF };
+
+/* A cut puts a head before what follows it; two cuts for each deleted range. */
+#define DOC_CUTS 82
+
+/* What merging a document takes at most, besides what it has: room to work
+ * and for the new snapshot. */
+static uint64_t
+doc_cost(const struct collabd *s, const struct doc *d, uint64_t structs,
+         uint64_t ranges, uint64_t clients, uint64_t bytes)
+{
+    uint64_t cuts = doc_gc[s->cfg->gc] == Y_GC_FULL ? d->ranges + ranges : 0;
+
+    return extent_round(y_work_size(d->structs + structs, d->ranges + ranges,
+                                    d->clients + clients)) +
+           extent_round(d->now.len + d->tail_len + bytes + cuts * DOC_CUTS +
+                        4096);
+}
+
+/* Holds back `cost`.  False: there is not so much. */
+static bool
+doc_hold_back(struct collabd *s, uint64_t cost)
+{
+    if (cost <= s->doc_reserve)
+        return true;
+    if (cost > s->cfg->doc_memory - s->doc_used)
+        return false;
+    s->doc_reserve = cost;
+    return true;
+}
+
+/* A document has become smaller, or is gone: finds out how much is to be held
+ * back now. */
+static void
+doc_hold_less(struct collabd *s)
+{
+    s->doc_reserve = 0;
+    for (unsigned i = 0; i < s->rooms_fresh; i++) {
+        const struct doc *d = &s->docs[i];
+        uint64_t cost = d->state == DOC_OPEN ? doc_cost(s, d, 0, 0, 0, 0) : 0;
+        if (cost > s->doc_reserve)
+            s->doc_reserve = cost;
+    }
+}
+
+/* ----- what is known ------------------------------------------------------------ */
+
+static struct y_store
+doc_store(const struct doc *d, size_t tail_len)
+{
+    return (struct y_store){
+        .snapshot = span_of(d->now.memory.at, d->now.len),
+        .snapshot_deletes_at = d->now.deletes_at,
+        .tail = span_of(d->tail.at, tail_len)
+    };
+}
+
+/* Sees to it that what an update brings finds a place in the tables of what is
+ * known.  False: no memory. */
+static bool
+doc_grow_known(struct collabd *s, struct doc *d, uint64_t clients,
+               uint64_t stretches)
+{
+    struct extent larger = { NULL, 0 };
+    size_t slots;
+
+    if (d->known.slots > 0 && y_known_fits(&d->known, clients, stretches))
+        return true;
+    slots = y_known_slots(d->known.used + clients,
+                          d->known.n_islands + stretches);
+    if (slots < 128)
+        slots = 128; /* fills a page */
+    if (!extent_take(s, &larger, y_known_bytes(slots), false))
+        return false;
+    y_known_move(&d->known, larger.at, slots);
+    extent_give(s, &d->known_memory);
+    d->known_memory = larger;
+    return true;
+}
+
+/* Counts an update that the document holds from now on. */
+static void
+doc_count(struct doc *d, struct span update, const struct y_report *r)
+{
+    d->structs += r->structs;
+    d->ranges += r->ranges;
+    d->clients += r->clients;
+    y_known_add(&d->known, update);
+}
+
+/* Learns anew what is known, from the snapshot and the tail.  False: no memory
+ * for it; that cannot be if there was more before, so `grow` need not be. */
+static bool
+doc_recount(struct collabd *s, struct doc *d, bool grow)
+{
+    struct span run = span_of(d->tail.at, d->tail_len);
+    struct span update = span_of(d->now.memory.at, d->now.len);
+    struct y_report r;
+
+    d->structs = d->ranges = d->clients = 0;
+    y_known_clear(&d->known);
+    if (span_is_empty(update) && !y_run_next(&run, &update))
+        return true;
+    do {
+        must(y_check(update, &r));
+        if (grow && !doc_grow_known(s, d, r.clients, r.stretches))
+            return false;
+        doc_count(d, update, &r);
+    } while (y_run_next(&run, &update));
+    return true;
+}
+
+/* ----- merging ------------------------------------------------------------------- */
+
+static void
+snapshot_give(struct collabd *s, struct snapshot *old)
+{
+    must(old->pins == 0);
+    extent_give(s, &old->memory);
+    *old = (struct snapshot){ .len = 0 };
+}
+
+/* The snapshot holds what the tail had before that point. */
+static void
+doc_cut_tail(struct doc *d, size_t merged, const struct y_result *result)
+{
+    size_t rest = d->tail_len - merged;
+    struct span run, update;
+    struct y_report r;
+
+    memmove(d->tail.at, d->tail.at + merged, rest);
+    d->tail_len = rest;
+    d->written -= merged;
+    d->shown = 0;
+    d->job.mark = d->job.mark > merged ? d->job.mark - merged : 0;
+    d->structs = result->structs;
+    d->ranges = result->ranges;
+    d->clients = result->clients;
+    for (run = span_of(d->tail.at, rest); y_run_next(&run, &update);) {
+        must(y_check(update, &r));
+        d->structs += r.structs;
+        d->ranges += r.ranges;
+        d->clients += r.clients;
+    }
+}
+
+/* Merges what members may see of the tail into a new snapshot.  Members that
+ * are being sent the old one keep it pinned; there is at most one such.
+ * False: not now. */
+static bool
+doc_merge(struct collabd *s, struct doc *d)
+{
+    struct extent work = { NULL, 0 }, fresh = { NULL, 0 };
+    size_t merged = d->shown;
+    struct y_store store = doc_store(d, merged);
+    struct y_result result;
+    struct out o;
+    uint64_t began = sys_now_us();
+
+    if (merged == 0)
+        return true;
+    if (d->before.memory.at != NULL ||
+        (d->job.busy && d->job.kind == DOC_JOB_WRITE))
+        return false;
+    if (!extent_take(s, &work, y_work_size(d->structs, d->ranges, d->clients),
+                     true))
+        return false;
+    if (y_merge(&store, doc_gc[s->cfg->gc],
+                (struct y_work){ work.at, work.size }, &result) != Y_OK ||
+        !extent_take(s, &fresh, result.bytes, d->now.pins == 0)) {
+        extent_give(s, &work);
+        return false;
+    }
+    o = out_over(fresh.at, result.bytes);
+    y_write(&result, &o);
+    must(!o.full && o.at == fresh.at + result.bytes);
+    extent_give(s, &work);
+    if (d->now.pins > 0)
+        d->before = d->now;
+    else
+        snapshot_give(s, &d->now);
+    d->now = (struct snapshot){ .memory = fresh, .len = result.bytes,
+                                .deletes_at = result.deletes_at };
+    doc_cut_tail(d, merged, &result);
+    (void)extent_resize(s, &d->tail, d->tail_len);
+    doc_hold_less(s);
+    s->count.doc_merges++;
+    began = sys_now_us() - began;
+    if (began > s->count.doc_merge_us_max)
+        s->count.doc_merge_us_max = began;
+    return true;
+}
+
+/* Is the tail long enough to be merged? */
+static bool
+doc_wants_merge(const struct doc *d)
+{
+    return d->shown > DOC_TAIL_MIN && d->shown > d->now.len / 4;
+}
+
+/* ----- accepting ------------------------------------------------------------------ */
+
+/* May a document grow by an update?  NULL: yes; else what forbids it. */
+static const char *
+doc_limit(const struct collabd *s, const struct doc *d,
+          const struct y_report *r, size_t len)
+{
+    uint64_t most = s->cfg->max_doc > 0 ? s->cfg->max_doc
+                                        : s->cfg->doc_memory / 4;
+
+    if (r->structs == 0)
+        most += most / 8; /* deletions make room */
+    if (d->now.len + d->tail_len + len + 8 > most)
+        return "the document is full (--max-doc)";
+    if (d->known.used + r->clients > DOC_CLIENTS_MAX)
+        return "too many clients have written in the document";
+    if (d->known.n_islands + r->stretches > DOC_GAPS_MAX + r->clients)
+        return "the document has too many gaps";
+    return NULL;
+}
+
+/* Makes room for an update.  False: there is no memory, nothing was changed. */
+static bool
+doc_ask(struct collabd *s, struct doc *d, const struct y_report *r, size_t len)
+{
+    size_t need = d->tail_len + len + 8, had = d->tail.size, size = had;
+
+    if (size < 4096)
+        size = 4096;
+    while (size < need)
+        size *= 2;
+    if (!extent_resize(s, &d->tail, size) &&
+        !extent_resize(s, &d->tail, need))
+        return false;
+    if (doc_grow_known(s, d, r->clients, r->stretches) &&
+        doc_hold_back(s, doc_cost(s, d, r->structs, r->ranges, r->clients,
+                                  len)))
+        return true;
+    if (had > 0)
+        (void)extent_resize(s, &d->tail, had);
+    else
+        extent_give(s, &d->tail);
+    return false;
+}
+
+/* Takes an update into the tail; doc_ask has made room. */
+static void
+doc_append(struct doc *d, struct span update, const struct y_report *r)
+{
+    struct out o = out_over(d->tail.at + d->tail_len,
+                            d->tail.size - d->tail_len);
+
+    out_uint(&o, span_len(update));
+    out_span(&o, update);
+    must(!o.full);
+    d->tail_len = (size_t)(o.at - d->tail.at);
+    d->edited_ms = now_ms;
+    doc_count(d, update, r);
+}
+
+/* What of an update is new, into `fresh`, whose length is *len: 0 if all of it
+ * is known.  False: no memory. */
+static bool
+doc_minus(struct collabd *s, const struct doc *d, struct span update,
+          const struct y_report *r, struct extent *fresh, size_t *len)
+{
+    struct extent work = { NULL, 0 };
+    struct y_store store = doc_store(d, d->tail_len);
+    struct y_result result;
+    struct out o;
+    bool good;
+
+    if (!extent_take(s, &work, y_minus_size(&d->known, r, d->ranges),
+                     true))
+        return false;
+    good = y_minus(&store, &d->known, update,
+                   (struct y_work){ work.at, work.size }, &result) == Y_OK;
+    *len = good && !result.empty ? result.bytes : 0;
+    if (*len > 0)
+        good = extent_take(s, fresh, *len, true);
+    if (good && *len > 0) {
+        o = out_over(fresh->at, *len);
+        y_write(&result, &o);
+        must(!o.full);
+    }
+    extent_give(s, &work);
+    return good;
+}
+
+/* What a client that has `sv` lacks of what members may see, into `fresh`. */
+static bool
+doc_diff(struct collabd *s, const struct doc *d, struct span sv,
+         struct extent *fresh, size_t *len)
+{
+    struct extent work = { NULL, 0 };
+    struct y_store store = doc_store(d, d->shown);
+    struct y_result result;
+    struct out o;
+    bool good;
+
+    /* an entry of a state vector takes two bytes at least */
+    if (!extent_take(s, &work,
+                     y_work_size(d->structs, d->ranges,
+                                         d->clients + span_len(sv) / 2),
+                     true))
+        return false;
+    good = y_diff(&store, sv, (struct y_work){ work.at, work.size },
+                  &result) == Y_OK &&
+           extent_take(s, fresh, result.bytes, false);
+    if (good) {
+        *len = result.bytes;
+        o = out_over(fresh->at, result.bytes);
+        y_write(&result, &o);
+        must(!o.full);
+    }
+    extent_give(s, &work);
+    return good;
+}
+
+/* ----- awareness ------------------------------------------------------------------ */
+
+/* Records stand on 8 bytes. */
+static size_t
+aware_size(const struct aware *a)
+{
+    return sizeof *a + a->room;
+}
+
+static struct aware *
+aware_at(const struct doc *d, size_t at)
+{
+    return (struct aware *)(void *)(d->aware.at + at);
+}
+
+static struct span
+aware_json(const struct aware *a)
+{
+    return span_of(a + 1, a->len);
+}
+
+static struct aware *
+aware_find(const struct doc *d, uint64_t client)
+{
+    for (size_t at = 0; at < d->aware_len; at += aware_size(aware_at(d, at)))
+        if (aware_at(d, at)->client == client)
+            return aware_at(d, at);
+    return NULL;
+}
+
+static void
+aware_remove(struct doc *d, struct aware *a)
+{
+    uint8_t *at = (uint8_t *)a, *end = d->aware.at + d->aware_len;
+    size_t size = aware_size(a);
+
+    memmove(at, at + size, (size_t)(end - at) - size);
+    d->aware_len -= size;
+}
+
+/* How many ids of a document one connection speaks for. */
+static unsigned
+aware_count(const struct doc *d, struct conn_id owner)
+{
+    unsigned n = 0;
+
+    for (size_t at = 0; at < d->aware_len; at += aware_size(aware_at(d, at))) {
+        const struct aware *a = aware_at(d, at);
+        n += a->len > 0 && a->owner.slot == owner.slot &&
+             a->owner.gen == owner.gen;
+    }
+    return n;
+}
+
+/* Remembers a state.  False: there is no room for it, all is as before. */
+static bool
+aware_set(struct collabd *s, struct doc *d, const struct y_aware *new,
+          struct conn_id owner)
+{
+    size_t len = new->gone ? 0 : span_len(new->json);
+    size_t room = (len + 7) / 8 * 8, size = d->aware_len + room;
+    struct aware *a = aware_find(d, new->client);
+
+    if (a == NULL || a->room < len) {
+        size += sizeof *a;
+        if (size > AWARE_MAX ||
+            (size > d->aware.size && !extent_resize(s, &d->aware, size)))
+            return false;
+        a = aware_find(d, new->client); /* it may have moved */
+        if (a != NULL)
+            aware_remove(d, a);
+        a = aware_at(d, d->aware_len);
+        a->room = (uint32_t)room;
+        d->aware_len += aware_size(a);
+    }
+    *a = (struct aware){ .client = new->client, .clock = new->clock,
+                         .seen_ms = now_ms, .owner = owner,
+                         .len = (uint32_t)len, .room = a->room };
+    if (len > 0)
+        memcpy(a + 1, new->json.at, len);
+    return true;
+}
+
+enum aware_verdict {
+    AWARE_OLD,  /* everybody knows that or better */
+    AWARE_NEW,  /* to be relayed */
+    AWARE_FULL
+};
+
+/* Judges one state as clients do (y-protocols): a higher clock wins; with an
+ * equal one only `gone` says anything new.  A client that comes back announces
+ * itself with the clock it left with, which nobody would believe: it is raised
+ * here, and the client learns that from its own echo.  `itself`: the client
+ * speaks of itself, while others only pass on what they were told. */
+static enum aware_verdict
+aware_judge(struct collabd *s, struct doc *d, struct y_aware *new,
+            struct conn_id owner, bool itself)
+{
+    struct aware *a = aware_find(d, new->client);
+    uint64_t known = a == NULL ? 0 : a->clock;
+
+    if (new->clock > AWARE_CLOCK_MAX)
+        return AWARE_OLD; /* nobody changed so often; it could not be raised */
+    if (itself && a != NULL && a->len == 0 && !new->gone &&
+        new->clock == known)
+        new->clock++;
+    if (itself && a != NULL && a->len > 0 && !new->gone && new->clock == known)
+        a->owner = owner; /* the one before is a socket that was left behind */
+    if (new->clock < known ||
+        (new->clock == known && !(new->gone && a != NULL && a->len > 0)))
+        return AWARE_OLD;
+    if (!new->gone && (a == NULL || a->owner.slot != owner.slot ||
+                       a->owner.gen != owner.gen) &&
+        aware_count(d, owner) >= AWARE_IDS_MAX)
+        return AWARE_FULL;
+    if (a == NULL && new->gone)
+        return AWARE_OLD;
+    return aware_set(s, d, new, owner) ? AWARE_NEW : AWARE_FULL;
+}
+
+/* ----- opening and closing -------------------------------------------------------- */
+
+/* One good update of a file. */
+static bool
+doc_take_old(struct collabd *s, struct doc *d, struct span update)
+{
+    struct y_report r;
+    struct out o;
+
+    if (!y_check(update, &r)) {
+        d->aside = true;
+        return true;
+    }
+    if (d->tail_len + span_len(update) + 8 > d->tail.size &&
+        !extent_resize(s, &d->tail,
+                       (d->tail_len + span_len(update)) / 2 * 3 + 65536))
+        return false;
+    o = out_over(d->tail.at + d->tail_len, d->tail.size - d->tail_len);
+    out_uint(&o, span_len(update));
+    out_span(&o, update);
+    must(!o.full);
+    d->tail_len = d->written = d->shown = (size_t)(o.at - d->tail.at);
+    d->structs += r.structs;
+    d->ranges += r.ranges;
+    d->clients += r.clients;
+    return true;
+}
+
+enum doc_opened { DOC_OPENED, DOC_UNREADABLE, DOC_NO_MEMORY };
+
+/* Takes all records of a file: first the snapshot's pieces together, then the
+ * log, merged whenever the tail has become long. */
+static enum doc_opened
+doc_read_file(struct collabd *s, struct doc *d, struct jrnl_reader *r)
+{
+    struct jrnl_record rec;
+    enum jrnl_found found;
+    struct span update;
+
+    while ((found = jrnl_next(r, &rec)) > JRNL_END) {
+        if (found == JRNL_DAMAGE)
+            continue;
+        if (rec.kind == JRNL_UPDATES) {
+            if ((d->log_bytes == 0 || doc_wants_merge(d)) && !doc_merge(s, d))
+                return DOC_NO_MEMORY;
+            d->log_bytes += rec.to - rec.from;
+        }
+        while (y_run_next(&rec.payload, &update))
+            if (!doc_take_old(s, d, update))
+                return DOC_NO_MEMORY;
+        d->aside |= !span_is_empty(rec.payload);
+    }
+    if (found == JRNL_ERROR)
+        return DOC_UNREADABLE;
+    return doc_merge(s, d) ? DOC_OPENED : DOC_NO_MEMORY;
+}
+
+/* Reads a document's file into a snapshot. */
+static enum doc_opened
+doc_load(struct collabd *s, struct doc *d)
+{
+    struct extent raw = { NULL, 0 };
+    enum doc_opened how = DOC_UNREADABLE;
+    struct jrnl_reader r;
+
+    if (!extent_take(s, &raw, d->file.end + JRNL_LENT_MIN, true))
+        return DOC_NO_MEMORY;
+    if (jrnl_read(&r, &d->file, raw.at, raw.size) == 0)
+        how = doc_read_file(s, d, &r);
+    extent_give(s, &raw);
+    if (how != DOC_OPENED)
+        return how;
+    (void)jrnl_resume(&d->file, &r);
+    d->aside |= d->file.damaged;
+    return doc_recount(s, d, true) &&
+                   doc_hold_back(s, doc_cost(s, d, 0, 0, 0, 0))
+               ? DOC_OPENED
+               : DOC_NO_MEMORY;
+}
+
+/* Gives all back that a document has in memory. */
+static void
+doc_close(struct collabd *s, struct doc *d)
+{
+    extent_give(s, &d->now.memory);
+    extent_give(s, &d->before.memory);
+    extent_give(s, &d->tail);
+    extent_give(s, &d->known_memory);
+    extent_give(s, &d->aware);
+    jrnl_close(&d->file);
+    d->state = DOC_CLOSED;
+    doc_hold_less(s);
+}
+
+/* Opens a document, from its file if it has one.  The name is borrowed as long
+ * as it is open. */
+static enum doc_opened
+doc_open(struct collabd *s, struct doc *d, struct span name)
+{
+    uint64_t began = sys_now_us();
+    enum doc_opened how = DOC_OPENED;
+
+    must(d->state == DOC_CLOSED);
+    *d = (struct doc){ .state = DOC_OPEN, .file = JRNL_CLOSED,
+                       .job.fresh = JRNL_CLOSED, .edited_ms = now_ms };
+    d->file.name = name;
+    (void)sys_random(&d->known.seed, sizeof d->known.seed);
+    if (s->data.fd >= 0 &&
+        jrnl_open(&s->data, name, s->data.lock >= 0, &d->file) != 0 &&
+        errno != ENOENT)
+        how = DOC_UNREADABLE;
+    else if (!doc_grow_known(s, d, 1, 1))
+        how = DOC_NO_MEMORY;
+    else if (d->file.fd >= 0)
+        how = doc_load(s, d);
+    if (how == DOC_NO_MEMORY)
+        log_say(LOG_LEVEL_WARNING, "document %.*s: to open it takes more "
+                "memory than there is; raise --doc-memory",
+                (int)span_len(name), (const char *)name.at);
+    if (how != DOC_OPENED)
+        doc_close(s, d);
+    began = sys_now_us() - began;
+    if (began > s->count.doc_load_us_max)
+        s->count.doc_load_us_max = began;
+    return how;
+}
+
+/* May it be closed without losing anything?  A file that failed is still to be
+ * written anew. */
+static bool
+doc_is_idle(const struct collabd *s, const struct doc *d)
+{
+    return d->written == d->tail_len && d->sync_at == 0 && !d->job.busy &&
+           d->now.pins == 0 && d->before.pins == 0 &&
+           (!d->file.broken || s->data.lock < 0);
+}
+
+/* ----- keeping ---------------------------------------------------------------------- */
+
+/* How long written bytes may stay where a power cut loses them: longer as the
+ * hour's budget is used up. */
+static int64_t
+doc_sync_delay(struct collabd *s)
+{
+    uint64_t budget = s->cfg->write_budget, used;
+
+    if (budget == 0)
+        return DOC_SYNC_MS;
+    if (now_ms - s->budget_ms >= 3600000) {
+        s->budget_ms = now_ms;
+        s->budget_from = s->count.journal_bytes;
+    }
+    used = s->count.journal_bytes - s->budget_from;
+    if (used >= budget)
+        return DOC_SYNC_MAX_MS;
+    return DOC_SYNC_MS +
+           (int64_t)(used * (DOC_SYNC_MAX_MS - DOC_SYNC_MS) / budget);
+}
+
+/* The document's first file.  It gets its name at once, as a crash of ours
+ * must not lose it; the folder is synced with the file. */
+static bool
+doc_make_file(struct collabd *s, struct doc *d)
+{
+    ssize_t n = jrnl_create(&s->data, d->file.name, &d->file);
+
+    if (n < 0)
+        return false;
+    s->count.journal_bytes += (uint64_t)n;
+    if (jrnl_rename(&s->data, &d->file, false) != 0) {
+        jrnl_discard(&s->data, &d->file);
+        return false;
+    }
+    d->folder_dirty = true;
+    return true;
+}
+
+/* Appends a part of the tail to a file. */
+static bool
+doc_write(struct collabd *s, struct jrnl_file *f, const struct doc *d,
+          size_t from, size_t to)
+{
+    ssize_t n;
+
+    if (from == to)
+        return true;
+    n = jrnl_append(f, JRNL_UPDATES, span_of(d->tail.at + from, to - from));
+    if (n < 0)
+        return false;
+    s->count.journal_bytes += (uint64_t)n;
+    return true;
+}
+
+/* Brings what the tail got since last time into the journal; while a new file
+ * waits to take the old one's place, into both.  False: it cannot be kept. */
+static bool
+doc_commit(struct collabd *s, struct doc *d)
+{
+    if (d->written < d->tail_len && s->data.fd >= 0) {
+        uint64_t before;
+        if (d->file.fd < 0 && !doc_make_file(s, d))
+            return false;
+        before = d->file.end;
+        if (!doc_write(s, &d->file, d, d->written, d->tail_len) ||
+            (d->job.kind == DOC_JOB_INSTALL && d->job.fresh.fd >= 0 &&
+             !doc_write(s, &d->job.fresh, d, d->written, d->tail_len)))
+            return false;
+        d->log_bytes += d->file.end - before;
+        s->count.journal_commits++;
+        if (d->sync_at == 0)
+            d->sync_at = now_ms + doc_sync_delay(s);
+    }
+    d->written = d->tail_len;
+    if (!s->cfg->fsync || s->data.fd < 0)
+        d->shown = d->written;
+    return true;
+}
+
+/* Forgets what members have not seen: the journal could not keep it. */
+static void
+doc_take_back(struct collabd *s, struct doc *d)
+{
+    if (d->tail_len - d->shown > d->wanted_len)
+        d->wanted_len = d->tail_len - d->shown;
+    d->tail_len = d->written = d->shown;
+    d->job.mark = 0;  /* a sync in flight shows nothing any more */
+    d->job.entry = 0;
+    must(doc_recount(s, d, false));
+    d->retry_ms = now_ms + DOC_RETRY_MS;
+}
+
+/* Tries whether the disk takes as much again as it refused, and cuts that off
+ * at once.  A file that must not be used any more is first written anew. */
+static bool
+doc_trial(struct collabd *s, struct doc *d)
+{
+    size_t most = d->known_memory.size;
+    struct span bytes = span_of(d->known_memory.at,
+                                d->wanted_len < most ? d->wanted_len : most);
+    struct jrnl_file copy;
+    bool good;
+
+    d->retry_ms = now_ms + DOC_RETRY_MS;
+    if ((s->data.lock < 0 && jrnl_folder_lock(&s->data) != 0) ||
+        (d->file.fd < 0 && !doc_make_file(s, d)) || d->file.broken)
+        return false;
+    copy = d->file;
+    good = jrnl_append(&copy, JRNL_TRIAL, bytes) > 0;
+    if (good && sys.ftruncate(d->file.fd, (off_t)d->file.end) != 0)
+        copy.broken = true;
+    d->file.broken = copy.broken;
+    d->file.refused = copy.refused && !good;
+    if (copy.broken || !good)
+        return false;
+    d->retry_ms = 0;
+    d->wanted_len = 0;
+    return true;
+}
+
+/* ----- work beside the turn --------------------------------------------------------- */
+
+/* Writes a snapshot into a new file, in pieces that are legal alone. */
+static int
+doc_write_pieces(struct doc_job *j)
+{
+    struct y_pieces pieces = y_pieces(j->snapshot, DOC_PIECE, false), next;
+    size_t len;
+
+    while (next = pieces, (len = y_pieces_next(&next, NULL)) > 0) {
+        struct out o = out_over(j->buffer.at, j->buffer.size);
+        out_uint(&o, len);
+        (void)y_pieces_next(&pieces, &o);
+        if (o.full) {
+            errno = EMSGSIZE;
+            return jrnl_fail(j->fresh.name, "has a struct that is too long");
+        }
+        if (jrnl_append(&j->fresh, JRNL_SNAPSHOT,
+                        (struct span){ j->buffer.at, o.at }) < 0)
+            return -1;
+    }
+    /* what follows a piece shows that damage in it is no torn tail */
+    if (jrnl_append(&j->fresh, JRNL_UPDATES, span_of("", 0)) < 0)
+        return -1;
+    return jrnl_sync(&j->fresh);
+}
+
+static void
+doc_job_run(struct work *w)
+{
+    struct doc_job *j = (struct doc_job *)w;
+
+    switch (j->kind) {
+    case DOC_JOB_SYNC:
+        j->result = jrnl_sync(&j->file);
+        if (j->result == 0 && j->folder_dirty)
+            j->result = jrnl_sync_folder(j->folder.fd);
+        break;
+    case DOC_JOB_WRITE:
+        j->result = doc_write_pieces(j);
+        break;
+    case DOC_JOB_INSTALL:
+        j->result = jrnl_sync(&j->fresh);
+        j->unsure = j->result == 0;
+        if (j->unsure)
+            j->result = jrnl_install(&j->folder, &j->fresh, j->keep_old);
+        break;
+    }
+}
+
+/* Hands the job to the thread, or does it here if there is none. */
+static void
+doc_post(struct collabd *s, struct doc *d, enum doc_job_kind kind,
+         void (*done)(struct collabd *, struct work *))
+{
+    struct doc_job *j = &d->job;
+
+    must(!j->busy);
+    j->busy = true;
+    j->kind = kind;
+    j->folder = s->data;
+    j->work.run = doc_job_run;
+    j->work.done = done;
+    if (!work_post(&s->work, WORK_DISK, &j->work)) {
+        doc_job_run(&j->work);
+        done(s, &j->work);
+    }
+}
+
+/* Is the file to be written anew? */
+static bool
+doc_wants_compaction(const struct collabd *s, const struct doc *d, bool left)
+{
+    uint64_t snapshot = d->now.len, log = d->log_bytes;
+
+    if (d->file.fd < 0 || s->data.lock < 0)
+        return false;
+    if (d->file.broken || d->aside)
+        return true;
+    if (left)
+        return log > DOC_LEFT_LOG_MIN && log > snapshot / 16;
+    return log > DOC_LOG_MIN && log > 2 * snapshot;
+}
+
+/* Begins to write the document anew.  False: not now. */
+static bool
+doc_compact(struct collabd *s, struct doc *d,
+            void (*done)(struct collabd *, struct work *))
+{
+    struct doc_job *j = &d->job;
+    struct y_pieces pieces;
+    size_t most = 0, len;
+
+    if (j->busy || !doc_merge(s, d))
+        return false;
+    pieces = y_pieces(span_of(d->now.memory.at, d->now.len), DOC_PIECE, false);
+    for (; (len = y_pieces_next(&pieces, NULL)) > 0;)
+        most = len > most ? len : most;
+    if (!extent_take(s, &j->buffer, most + 8, true))
+        return false;
+    j->fresh = (struct jrnl_file){ .fd = -1, .refused = d->file.refused };
+    if (jrnl_create(&s->data, d->file.name, &j->fresh) < 0) {
+        d->file.refused = j->fresh.refused;
+        extent_give(s, &j->buffer);
+        return false;
+    }
+    j->snapshot = span_of(d->now.memory.at, d->now.len);
+    j->keep_old = d->aside;
+    d->now.pins++;
+    doc_post(s, d, DOC_JOB_WRITE, done);
+    return true;
+}
+
+/* Begins a sync of what has been written. */
+static void
+doc_sync(struct collabd *s, struct doc *d,
+         void (*done)(struct collabd *, struct work *))
+{
+    d->job.file = d->file;
+    d->job.folder_dirty = d->folder_dirty;
+    d->job.mark = d->written;
+    d->sync_at = 0;
+    doc_post(s, d, DOC_JOB_SYNC, done);
+}
+
+static void
+doc_drop_fresh(struct collabd *s, struct doc *d)
+{
+    jrnl_discard(&s->data, &d->job.fresh);
+    d->retry_ms = d->file.broken ? now_ms + DOC_RETRY_MS : d->retry_ms;
+}
+
+/* The new file has taken the old one's place. */
+static void
+doc_swap_files(struct doc *d)
+{
+    struct span name = d->file.name;
+
+    jrnl_close(&d->file);
+    d->file = d->job.fresh;
+    d->file.name = name;
+    d->job.fresh = (struct jrnl_file)JRNL_CLOSED;
+    d->log_bytes = d->file.end - d->job.base;
+    d->aside = d->folder_dirty = false;
+    if (d->retry_ms > 0)
+        d->retry_ms = now_ms; /* the disk takes something again */
+}
+
+/* What a job came to.  False: what members have not seen is to be taken
+ * back. */
+static bool
+doc_job_done(struct collabd *s, struct doc *d,
+             void (*done)(struct collabd *, struct work *))
+{
+    struct doc_job *j = &d->job;
+
+    must(j->busy);
+    j->busy = false;
+    switch (j->kind) {
+    case DOC_JOB_SYNC:
+        s->count.journal_syncs++;
+        jrnl_synced(&d->file, j->file.end, j->result);
+        if (j->result != 0)
+            return false;
+        d->folder_dirty &= !j->folder_dirty;
+        d->shown = j->mark > d->shown ? j->mark : d->shown;
+        if (d->written > d->shown && d->sync_at == 0)
+            d->sync_at = now_ms; /* --fsync always: more has come */
+        return true;
+    case DOC_JOB_WRITE:
+        extent_give(s, &j->buffer);
+        d->now.pins--;
+        s->count.journal_bytes += j->fresh.end;
+        j->base = j->fresh.end;
+        if (j->result != 0 ||
+            !doc_write(s, &j->fresh, d, 0, d->written)) {
+            doc_drop_fresh(s, d);
+            return true;
+        }
+        doc_post(s, d, DOC_JOB_INSTALL, done);
+        return true;
+    case DOC_JOB_INSTALL:
+        if (j->result != 0) {
+            d->file.broken |= j->unsure;
+            doc_drop_fresh(s, d);
+            return true;
+        }
+        s->count.doc_compactions++;
+        doc_swap_files(d);
+        return true;
+    }
+    return true;
+}
+/* ===== 15  Rooms ===========================================================
  * Who shares what, and the fan-out: publish once, read by cursor.
  *
  * A room is a ring and its members.  Publishing copies one frame into the ring
@@ -3622,9 +8500,9 @@ access_why_host(struct span host, char *why, size_t size)
 #define ROOM_BURST_HOLD_MS 1000
 
 static uint32_t
-room_hash(struct span name)
+room_hash(enum room_kind kind, struct span name)
 {
-    uint32_t h = 2166136261u; /* FNV-1a */
+    uint32_t h = 2166136261u + (uint32_t)kind; /* FNV-1a */
 
     for (; name.at < name.end; name.at++)
         h = (h ^ *name.at) * 16777619u;
@@ -3632,9 +8510,9 @@ room_hash(struct span name)
 }
 
 static uint16_t *
-room_bucket(struct collabd *s, struct span name)
+room_bucket(struct collabd *s, enum room_kind kind, struct span name)
 {
-    return &s->buckets[room_hash(name) & (s->bucket_count - 1)];
+    return &s->buckets[room_hash(kind, name) & (s->bucket_count - 1)];
 }
 
 static struct span
@@ -3647,6 +8525,28 @@ static uint16_t
 room_slot(const struct collabd *s, const struct room *room)
 {
     return (uint16_t)(room - s->rooms);
+}
+
+/* What a document's room is about. */
+static struct doc *
+room_doc(const struct collabd *s, const struct room *room)
+{
+    must(room->kind == ROOM_DOCUMENT);
+    return &s->docs[room_slot(s, room)];
+}
+
+/* May an empty room's slot be taken from it?  Nothing of a document may be in
+ * memory alone. */
+static bool
+room_may_close(const struct collabd *s, const struct room *room)
+{
+    const struct doc *d;
+
+    if (room->kind != ROOM_DOCUMENT)
+        return true;
+    d = room_doc(s, room);
+    return doc_is_idle(s, d) &&
+           (s->data.fd >= 0 || d->now.len + d->tail_len == 0);
 }
 
 static void
@@ -3691,9 +8591,11 @@ room_drop_oldest(struct collabd *s, struct room *room)
 static void
 room_close(struct collabd *s, struct room *room)
 {
-    uint16_t *link = room_bucket(s, room_name(room));
+    uint16_t *link = room_bucket(s, room->kind, room_name(room));
 
     must(room->count == 0);
+    if (room->kind == ROOM_DOCUMENT && room_doc(s, room)->state != DOC_CLOSED)
+        doc_close(s, room_doc(s, room));
     if (room->dirty) { /* it was still gathering for members that left */
         uint16_t *dirty = &s->dirty_first;
         while (*dirty != room_slot(s, room))
@@ -3707,28 +8609,58 @@ room_close(struct collabd *s, struct room *room)
     *link = room->bucket_next;
     room_empty_remove(s, room);
     room->used = false;
+    room->next = s->rooms_free;
+    s->rooms_free = room_slot(s, room);
     s->rooms_used--;
 }
 
-/* The room of that name, made if need be: in a slot never used, else in that
- * of the room that has been empty for longest.  NULL: all have members. */
 static struct room *
-room_open(struct collabd *s, struct span name)
+room_find(struct collabd *s, enum room_kind kind, struct span name)
 {
-    uint16_t *bucket = room_bucket(s, name), slot;
-    struct room *room;
+    uint16_t slot = *room_bucket(s, kind, name);
 
-    for (slot = *bucket; slot != NONE; slot = s->rooms[slot].bucket_next)
-        if (span_equals(room_name(&s->rooms[slot]), name))
-            return &s->rooms[slot];
-    if (s->rooms_fresh < s->rooms_max) {
-        slot = (uint16_t)s->rooms_fresh++;
-    } else if (s->empty_first != NONE) {
-        slot = s->empty_first;
-        room_close(s, &s->rooms[slot]);
-    } else {
+    while (slot != NONE && (s->rooms[slot].kind != kind ||
+                            !span_equals(room_name(&s->rooms[slot]), name)))
+        slot = s->rooms[slot].bucket_next;
+    return slot == NONE ? NULL : &s->rooms[slot];
+}
+
+/* Closes the room, or only a document, that has been empty for longest.
+ * False: there is none that may be closed. */
+static bool
+room_close_oldest(struct collabd *s, bool document)
+{
+    uint16_t slot = s->empty_first;
+
+    while (slot != NONE &&
+           (!room_may_close(s, &s->rooms[slot]) ||
+            (document && (s->rooms[slot].kind != ROOM_DOCUMENT ||
+                          s->docs[slot].state == DOC_CLOSED))))
+        slot = s->rooms[slot].next;
+    if (slot == NONE)
+        return false;
+    room_close(s, &s->rooms[slot]);
+    return true;
+}
+
+/* The room of that name, made if need be: in a free slot, else in that of the
+ * room that has been empty for longest.  NULL: all are in use. */
+static struct room *
+room_open(struct collabd *s, enum room_kind kind, struct span name)
+{
+    struct room *room = room_find(s, kind, name);
+    uint16_t *bucket, slot;
+
+    if (room != NULL)
+        return room;
+    if (s->rooms_free == NONE && s->rooms_fresh == s->rooms_max &&
+        !room_close_oldest(s, false))
         return NULL;
-    }
+    slot = s->rooms_free;
+    if (slot != NONE)
+        s->rooms_free = s->rooms[slot].next;
+    else
+        slot = (uint16_t)s->rooms_fresh++;
     room = &s->rooms[slot];
     *room = (struct room){
         .ring = { .bytes = s->ring_bytes + slot * s->cfg->ring,
@@ -3736,11 +8668,11 @@ room_open(struct collabd *s, struct span name)
                              slot * (s->cfg->ring / RING_CHARGE),
                   .size = s->cfg->ring },
         .first = NONE, .prev = NONE, .next = NONE, .dirty_next = NONE,
-        .used = true, .name_len = (uint8_t)span_len(name),
+        .used = true, .kind = kind, .name_len = (uint8_t)span_len(name),
         .flushed_ms = now_ms - 1000,
     };
     memcpy(room->name, name.at, span_len(name));
-    bucket = room_bucket(s, name);
+    bucket = room_bucket(s, kind, name);
     room->bucket_next = *bucket;
     *bucket = slot;
     s->rooms_used++;
@@ -3754,7 +8686,7 @@ static uint64_t
 room_history(const struct room *room, uint64_t n)
 {
     const struct ring *r = &room->ring;
-    uint64_t entry = r->head;
+    uint64_t entry = r->shown;
 
     while (n-- > 0 && entry > r->tail && entry > room->blocks_until &&
            r->pos - ring_entry(r, entry - 1)->pos <= r->size / 4)
@@ -3770,25 +8702,59 @@ room_is_own(const struct entry *e, const struct conn *c)
            e->from.gen == c->id.gen;
 }
 
+/* Sets a member's cursor. */
+static void
+room_enter(struct collabd *s, struct room *room, struct conn *c,
+           uint64_t entry)
+{
+    (void)s;
+    c->in.entry = entry;
+    c->in.off = 0;
+    c->in.own = 0;
+    c->in.outside = false;
+    c->in.moved_ms = now_ms;
+    for (uint64_t i = entry; i < room->ring.head; i++)
+        if (room_is_own(ring_entry(&room->ring, i), c))
+            c->in.own += ring_charge(ring_entry(&room->ring, i)->len);
+    if (room->count == room->outside || entry < room->slowest)
+        room->slowest = entry;
+}
+
+/* A new member; one that is `outside` gets nothing of the ring until it is
+ * let in. */
 static void
 room_join(struct collabd *s, struct room *room, struct conn *c, bool echo,
-          uint64_t history)
+          uint64_t history, bool outside)
 {
     must(c->in.room == NONE);
     if (room->count == 0)
         room_empty_remove(s, room);
-    c->in = (struct member){ .entry = room_history(room, history),
-                             .room = room_slot(s, room), .prev = NONE,
-                             .next = room->first, .echo = echo,
-                             .moved_ms = now_ms };
-    for (uint64_t i = c->in.entry; i < room->ring.head; i++)
-        if (room_is_own(ring_entry(&room->ring, i), c)) /* gen came round */
-            c->in.own += ring_charge(ring_entry(&room->ring, i)->len);
+    c->in = (struct member){ .room = room_slot(s, room), .prev = NONE,
+                             .next = room->first, .echo = echo };
+    if (outside)
+        room->outside++;
+    else
+        room_enter(s, room, c, room_history(room, history));
+    c->in.outside = outside;
+    c->in.moved_ms = now_ms;
     if (room->first != NONE)
         s->conns[room->first].in.prev = c->id.slot;
     room->first = c->id.slot;
-    if (room->count++ == 0 || c->in.entry < room->slowest)
-        room->slowest = c->in.entry;
+    room->count++;
+}
+
+/* Lets a member in whose first sync holds all before that entry.  False: the
+ * ring no longer has what followed, or as a block that did not count it. */
+static bool
+room_let_in(struct collabd *s, struct room *room, struct conn *c,
+            uint64_t entry)
+{
+    must(c->in.outside);
+    if (entry < room->ring.tail || entry < room->blocks_until)
+        return false;
+    room_enter(s, room, c, entry);
+    room->outside--;
+    return true;
 }
 
 /* One member passes an entry. */
@@ -3813,7 +8779,9 @@ room_leave(struct collabd *s, struct conn *c)
     if (c->in.room == NONE)
         return;
     room = &s->rooms[c->in.room];
-    if (c->in.entry < room->blocks_until) {
+    if (c->in.outside) {
+        room->outside--;
+    } else if (c->in.entry < room->blocks_until) {
         uint64_t i = c->in.entry > room->ring.tail ? c->in.entry
                                                    : room->ring.tail;
         c->in.own = UINT64_MAX; /* no longer kept */
@@ -3841,7 +8809,7 @@ room_find_slowest(struct collabd *s, struct room *room)
     room->slowest = room->ring.head;
     for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {
         struct member *in = &s->conns[m].in;
-        if (in->overtaken)
+        if (in->overtaken || in->outside)
             continue;
         if (in->entry < room->ring.tail)
             in->overtaken = room->overtook = true;
@@ -3877,34 +8845,41 @@ room_frame_fits_ring(const struct room *room, uint64_t len)
     return ws_header_len(len) + len <= room->ring.size / 4;
 }
 
-/* What follows every new entry. */
+/* What follows every new entry.  A channel's can be seen at once, a
+ * document's when the journal has it. */
 static void
 room_published(struct collabd *s, struct room *room, struct conn *from,
                const struct entry *e)
 {
-    if (!from->in.echo)
+    if (from != NULL && !from->in.echo && !from->in.outside)
         from->in.own += ring_charge(e->len);
+    if (room->kind == ROOM_CHANNEL)
+        ring_show(&room->ring, room->ring.head);
     s->count.messages_in++;
     room_mark_dirty(s, room);
 }
 
-/* Publishes a message that lies in one piece: the one copy. */
+/* Nobody's: all members get it. */
+static const struct conn_id room_nobody = { NONE, 0 };
+
+/* Publishes a message that lies in one piece behind a short prefix: the one
+ * copy.  `from` does not get it, unless it asked for an echo; NULL: all do. */
 static void
-room_publish(struct collabd *s, struct conn *from, uint8_t opcode,
-             struct span message)
+room_publish(struct collabd *s, struct room *room, struct conn *from,
+             uint8_t opcode, struct span prefix, struct span message)
 {
-    struct room *room = &s->rooms[from->in.room];
     uint8_t header[WS_HEADER_MAX];
     struct out o = out_over(header, sizeof header);
-    size_t header_len;
+    size_t len = span_len(prefix) + span_len(message), header_len;
     struct entry *e;
 
-    ws_header(&o, opcode, span_len(message));
+    ws_header(&o, opcode, len);
     header_len = (size_t)(o.at - header);
-    room_make_room(s, room, header_len + span_len(message), false);
-    e = ring_new(&room->ring, (uint32_t)(header_len + span_len(message)),
-                 from->id);
+    room_make_room(s, room, header_len + len, false);
+    e = ring_new(&room->ring, (uint32_t)(header_len + len),
+                 from == NULL ? room_nobody : from->id);
     ring_copy_in(&room->ring, header, header_len);
+    ring_copy_in(&room->ring, prefix.at, span_len(prefix));
     ring_copy_in(&room->ring, message.at, span_len(message));
     s->count.copied_bytes += span_len(message);
     room_published(s, room, from, e);
@@ -3912,12 +8887,12 @@ room_publish(struct collabd *s, struct conn *from, uint8_t opcode,
 
 /* Publishes an assembled message of `len` bytes and takes its chunks over. */
 static void
-room_publish_assembly(struct collabd *s, struct conn *from, uint8_t opcode,
-                      struct assembly *m)
+room_publish_assembly(struct collabd *s, struct room *room, struct conn *from,
+                      uint8_t opcode, struct assembly *m)
 {
-    struct room *room = &s->rooms[from->in.room];
     uint8_t header[WS_HEADER_MAX];
     struct out o = out_over(header, sizeof header);
+    struct conn_id id = from == NULL ? room_nobody : from->id;
     size_t header_len, skip;
     struct entry *e;
     uint32_t i = m->first, left = m->len;
@@ -3928,11 +8903,13 @@ room_publish_assembly(struct collabd *s, struct conn *from, uint8_t opcode,
     memcpy(chunk_bytes(&s->chunks, i) + skip, header, header_len);
     if (!room_frame_fits_ring(room, m->len)) {
         room_make_room(s, room, header_len + m->len, true);
-        e = ring_new(&room->ring, (uint32_t)(header_len + m->len), from->id);
+        e = ring_new(&room->ring, (uint32_t)(header_len + m->len), id);
         e->kind = RING_BLOCK;
         e->block = m->first;
         e->block_skip = (uint8_t)skip;
-        e->refs = (uint16_t)(room->count - (from->in.echo ? 0 : 1));
+        e->refs = (uint16_t)(room->count - room->outside -
+                             (from != NULL && !from->in.outside &&
+                              !from->in.echo));
         room->block_bytes += e->len;
         room->blocks_until = room->ring.head;
         m->first = m->last = NONE32;
@@ -3940,7 +8917,7 @@ room_publish_assembly(struct collabd *s, struct conn *from, uint8_t opcode,
             room_forget_block(s, room, e);
     } else {
         room_make_room(s, room, header_len + m->len, false);
-        e = ring_new(&room->ring, (uint32_t)(header_len + m->len), from->id);
+        e = ring_new(&room->ring, (uint32_t)(header_len + m->len), id);
         s->count.copied_bytes += left;
         for (left += (uint32_t)header_len; left > 0;
              i = s->chunks.next[i], skip = 0) {
@@ -3952,6 +8929,32 @@ room_publish_assembly(struct collabd *s, struct conn *from, uint8_t opcode,
     }
     room_published(s, room, from, e);
     assembly_drop(&s->chunks, m);
+}
+
+/* Takes back what no member has seen: the journal could not keep it.  Who sent
+ * such an entry is marked. */
+static void
+room_take_back(struct collabd *s, struct room *room)
+{
+    struct ring *r = &room->ring;
+
+    r->pos = ring_pos(r, r->shown);
+    while (r->head > r->shown) {
+        struct entry *e = ring_entry(r, --r->head);
+        struct conn *c = e->from.slot == NONE ? NULL : &s->conns[e->from.slot];
+        room_forget_block(s, room, e);
+        if (c != NULL && c->id.gen == e->from.gen &&
+            c->in.room == room_slot(s, room)) {
+            c->in.unkept = true;
+            if (!c->in.outside && !c->in.echo)
+                c->in.own -= ring_charge(e->len);
+        }
+    }
+    r->head_at = r->shown_at;
+    if (room->blocks_until > r->head)
+        room->blocks_until = r->head;
+    if (room->flushed_pos > r->pos)
+        room->flushed_pos = r->pos;
 }
 
 /* Has the room appended a quarter ring since its last flush?  Then its members
@@ -3983,7 +8986,7 @@ room_lag(const struct room *room, const struct conn *c)
 {
     const struct ring *r = &room->ring;
 
-    if (c->in.overtaken)
+    if (c->in.overtaken || c->in.outside)
         return 0;
     return r->pos - ring_pos(r, c->in.entry) - c->in.off - c->in.own;
 }
@@ -4001,7 +9004,7 @@ static void
 room_skip_own(struct collabd *s, struct room *room, struct conn *c)
 {
     while (c->in.own > 0 && c->in.off == 0 &&
-           c->in.entry < room->ring.head &&
+           c->in.entry < room->ring.shown &&
            room_is_own(ring_entry(&room->ring, c->in.entry), c)) {
         room_pass(s, room, c, ring_entry(&room->ring, c->in.entry));
         c->in.entry++;
@@ -4040,15 +9043,16 @@ room_gather(struct collabd *s, struct conn *c, bool one_frame,
     uint32_t off = c->in.off;
     int n = 0;
 
-    must(!c->in.overtaken);
+    must(!c->in.overtaken && !c->in.outside);
     room_skip_own(s, room, c);
-    if (c->in.entry == r->head)
+    if (c->in.entry == r->shown)
         return 0;
     if (!one_frame && room_is_plain(room, c)) {
         uint64_t at = ring_entry(r, c->in.entry)->at + off;
-        return ring_peek(r, at, r->head_at - at, out);
+        return ring_peek(r, at, r->shown_at - at, out);
     }
-    for (uint64_t i = c->in.entry; i < r->head && n + 2 <= max; i++, off = 0) {
+    for (uint64_t i = c->in.entry; i < r->shown && n + 2 <= max;
+         i++, off = 0) {
         const struct entry *e = ring_entry(r, i);
         if (room_is_own(e, c))
             continue;
@@ -4079,13 +9083,13 @@ room_advance(struct collabd *s, struct conn *c, uint64_t taken)
         uint64_t at = ring_entry(r, c->in.entry)->at + c->in.off + taken;
         uint64_t entry = ring_find(r, c->in.entry, at);
         s->count.messages_out += entry - c->in.entry;
-        c->in.off = entry == r->head
+        c->in.off = entry == r->shown
                         ? 0
                         : (uint32_t)(at - ring_entry(r, entry)->at);
         c->in.entry = entry;
         return;
     }
-    while (c->in.entry < r->head) {
+    while (c->in.entry < r->shown) {
         struct entry *e = ring_entry(r, c->in.entry);
         if (!room_is_own(e, c)) {
             uint64_t left = e->len - c->in.off;
@@ -4153,7 +9157,7 @@ static void
 room_check(const struct collabd *s, const struct room *room)
 {
     uint64_t blocks = 0;
-    uint16_t members = 0, prev = NONE;
+    uint16_t members = 0, outside = 0, prev = NONE;
 
     ring_check(&room->ring);
     for (uint64_t i = room->ring.tail; i < room->ring.head; i++) {
@@ -4170,18 +9174,844 @@ room_check(const struct collabd *s, const struct room *room)
         uint64_t own = 0;
         must(c->in.prev == prev && c->in.room == room_slot(s, room));
         must(c->state == CONN_OPEN || c->state == CONN_CLOSING);
-        if (c->in.overtaken || c->in.entry < room->ring.tail)
+        outside += c->in.outside;
+        if (c->in.overtaken || c->in.outside || c->in.entry < room->ring.tail)
             continue;
-        must(c->in.entry >= room->slowest);
+        must(c->in.entry >= room->slowest && c->in.entry <= room->ring.shown);
         for (uint64_t i = c->in.entry; i < room->ring.head; i++)
             if (room_is_own(ring_entry(&room->ring, i), c))
                 own += ring_charge(ring_entry(&room->ring, i)->len);
         must(own == c->in.own);
         must(c->in.entry < room->ring.head || c->in.off == 0);
     }
-    must(members == room->count);
+    must(members == room->count && outside == room->outside);
 }
-/* ===== 12  Transport ========================================================
+/* ===== 16  Sync ============================================================
+ * What a member of a document says and is told: y-protocols over the WebSocket
+ * /yjs/NAME, one message a frame.
+ *
+ *      00 00 SV        SyncStep1: this is what I have
+ *      00 01 update    SyncStep2: what you lack; the answer to that
+ *      00 02 update    Update
+ *      01 ...          awareness: cursors, names
+ *      02 00 text      auth: refused, and why (only from us)
+ *      03              asks for all awareness
+ *
+ * A new member is outside the ring until its first SyncStep2 has left: it is
+ * neither overtaken nor slow.  Then its cursor starts where the document stood
+ * when that was made; if the ring has gone on, it gets the difference first.
+ *
+ * Besides the ring a member has one block of its own: a few small frames, or
+ * one large one whose body stands in a snapshot or an extent.  While it has
+ * one, what would need another waits, unread.
+ * ========================================================================= */
+
+#define SYNC_QUIET_MS 20000    /* told nothing for so long: clients give up
+                                  after 30 s */
+#define SYNC_KEEP_SV 262144    /* a longer first sync may outlast the ring */
+#define SYNC_WHOLE_MAX (4u << 20) /* a longer message may outlast a client's
+                                     watchdog: it comes in pieces */
+#define SYNC_PIECE (1u << 20)
+#define SYNC_STRANGE_MAX 100   /* messages of unknown types */
+
+enum sync_type { SYNC_SYNC, SYNC_AWARENESS, SYNC_AUTH, SYNC_QUERY };
+enum sync_step { SYNC_STEP1, SYNC_STEP2, SYNC_UPDATE };
+
+/* What is to be done with the member after a message. */
+struct sync_verdict {
+    bool wait;             /* the message stays; try it again later */
+    enum close_reason why; /* not CLOSE_DONE: close; s->complaint may say more */
+};
+
+static const struct sync_verdict sync_fine = { false, CLOSE_DONE };
+static const struct sync_verdict sync_wait = { true, CLOSE_DONE };
+
+static struct sync *
+sync_of(const struct collabd *s, const struct conn *c)
+{
+    return &s->syncs[c->id.slot];
+}
+
+static struct room *
+sync_room(const struct collabd *s, const struct conn *c)
+{
+    return &s->rooms[c->in.room];
+}
+
+static struct doc *
+sync_doc(const struct collabd *s, const struct conn *c)
+{
+    return room_doc(s, sync_room(s, c));
+}
+
+static struct sync_verdict
+sync_bad(struct collabd *s, const char *what, size_t at)
+{
+    (void)snprintf(s->complaint, sizeof s->complaint,
+                   "malformed: %s at byte %zu", what, at);
+    return (struct sync_verdict){ false, CLOSE_MALFORMED };
+}
+
+/* ----- a member's own block --------------------------------------------------- */
+
+static bool
+sync_is_free(const struct sync *y)
+{
+    return y->head_len == 0 && !y->joining;
+}
+
+/* Gives a pinned snapshot back, which may be superseded by now. */
+static void
+sync_unpin(struct collabd *s, struct doc *d, struct sync *y)
+{
+    const uint8_t *at = y->joining ? y->whole.at : y->body.at;
+    struct snapshot *pinned;
+    bool now;
+
+    if (!y->pins)
+        return;
+    now = at >= d->now.memory.at &&
+          at < d->now.memory.at + d->now.memory.size;
+    pinned = now ? &d->now : &d->before;
+    y->pins = false;
+    must(pinned->pins > 0);
+    if (--pinned->pins == 0 && !now)
+        snapshot_give(s, pinned);
+}
+
+/* A block has been sent. */
+static void
+sync_block_drop(struct collabd *s, struct conn *c)
+{
+    struct sync *y = sync_of(s, c);
+
+    if (!y->joining)
+        sync_unpin(s, sync_doc(s, c), y);
+    extent_give(s, &y->memory);
+    y->body = (struct span){ NULL, NULL };
+    y->head_len = 0;
+    y->sent = 0;
+}
+
+/* So have all that belong together, or nobody is there to get them. */
+static void
+sync_joining_drop(struct collabd *s, struct conn *c)
+{
+    struct sync *y = sync_of(s, c);
+
+    sync_unpin(s, sync_doc(s, c), y);
+    extent_give(s, &y->source);
+    y->joining = false;
+}
+
+/* Writes a small frame behind what stands in the head.  False: it does not
+ * fit. */
+static bool
+sync_put(struct sync *y, struct span payload)
+{
+    struct out o = out_over(y->head + y->head_len,
+                            sizeof y->head - y->head_len);
+
+    must(span_is_empty(y->body));
+    ws_header(&o, WSLAY_BINARY_FRAME, span_len(payload));
+    out_span(&o, payload);
+    if (o.full)
+        return false;
+    y->head_len = (uint8_t)(o.at - y->head);
+    return true;
+}
+
+/* Begins a large frame: `prefix`, the body's length, and the body. */
+static void
+sync_put_large(struct sync *y, struct span prefix, struct span body)
+{
+    size_t len = span_len(prefix) + y_uint_len(span_len(body)) + span_len(body);
+    struct out o = out_over(y->head + y->head_len,
+                            sizeof y->head - y->head_len);
+
+    ws_header(&o, WSLAY_BINARY_FRAME, len);
+    out_span(&o, prefix);
+    out_uint(&o, span_len(body));
+    must(!o.full);
+    y->head_len = (uint8_t)(o.at - y->head);
+    y->body = body;
+}
+
+/* SyncStep1: the member is to send what we lack.  It may be large, then it
+ * takes an extent.  False: no memory for it. */
+static bool
+sync_put_step1(struct collabd *s, struct conn *c)
+{
+    static const uint8_t prefix[] = { SYNC_SYNC, SYNC_STEP1 };
+    struct sync *y = sync_of(s, c);
+    struct doc *d = sync_doc(s, c);
+    uint8_t small[128];
+    struct out o = out_over(small, sizeof small), sv;
+    size_t len = y_known_write_sv(&d->known, NULL);
+
+    out_bytes(&o, prefix, sizeof prefix);
+    out_uint(&o, len);
+    (void)y_known_write_sv(&d->known, &o);
+    if (!o.full && sync_put(y, (struct span){ small, o.at }))
+        return true;
+    if (!extent_take(s, &y->memory, len, false))
+        return false;
+    sv = out_over(y->memory.at, len);
+    (void)y_known_write_sv(&d->known, &sv);
+    must(!sv.full);
+    sync_put_large(y, span_of(prefix, sizeof prefix),
+                   span_of(y->memory.at, len));
+    return true;
+}
+
+/* All awareness there is, as one message; none if there is none. */
+static bool
+sync_put_awareness(struct collabd *s, struct conn *c)
+{
+    static const uint8_t prefix[] = { SYNC_AWARENESS };
+    struct sync *y = sync_of(s, c);
+    struct doc *d = sync_doc(s, c);
+    size_t len, live = 0;
+    struct out o;
+
+    for (size_t at = 0; at < d->aware_len; at += aware_size(aware_at(d, at)))
+        live += aware_at(d, at)->len > 0;
+    if (live == 0)
+        return true;
+    len = d->aware_len + 8; /* a state is shorter than its record */
+    if (!extent_take(s, &y->memory, len, false))
+        return false;
+    o = out_over(y->memory.at, len);
+    out_uint(&o, live);
+    for (size_t at = 0; at < d->aware_len; at += aware_size(aware_at(d, at))) {
+        const struct aware *a = aware_at(d, at);
+        if (a->len > 0)
+            out_aware(&o, &(struct y_aware){ a->client, a->clock,
+                                             aware_json(a), false });
+    }
+    must(!o.full);
+    sync_put_large(y, span_of(prefix, sizeof prefix),
+                   (struct span){ y->memory.at, o.at });
+    return true;
+}
+
+/* The next block of a long answer: pieces that the client can only hold, then
+ * all that makes it act on them at once (a client that integrates half a
+ * document mends what looks broken, and sends that to everybody).  No memory
+ * for it: later. */
+static void
+sync_put_piece(struct collabd *s, struct conn *c)
+{
+    struct sync *y = sync_of(s, c);
+    struct y_pieces ahead = y->pieces;
+    size_t len = y_pieces_next(&ahead, NULL);
+    bool last = len == 0;
+    uint8_t prefix[] = { SYNC_SYNC, last ? SYNC_STEP2 : SYNC_UPDATE };
+    struct out o;
+
+    if (last)
+        len = y_pieces_close(y->whole, NULL);
+    if (!extent_take(s, &y->memory, len, false))
+        return;
+    o = out_over(y->memory.at, len);
+    if (last)
+        (void)y_pieces_close(y->whole, &o);
+    else
+        (void)y_pieces_next(&y->pieces, &o);
+    must(!o.full);
+    if (last)
+        sync_joining_drop(s, c);
+    sync_put_large(y, span_of(prefix, sizeof prefix),
+                   span_of(y->memory.at, len));
+}
+
+/* The answer to a SyncStep1: all the member lacks. */
+static void
+sync_put_answer(struct collabd *s, struct conn *c, struct span update)
+{
+    static const uint8_t prefix[] = { SYNC_SYNC, SYNC_STEP2 };
+    struct sync *y = sync_of(s, c);
+
+    if (span_len(update) <= SYNC_WHOLE_MAX) {
+        sync_put_large(y, span_of(prefix, sizeof prefix), update);
+        return;
+    }
+    y->joining = true;
+    y->whole = update;
+    y->source = y->memory;
+    y->memory = (struct extent){ NULL, 0 };
+    y->pieces = y_pieces(update, SYNC_PIECE, true);
+    sync_put_piece(s, c);
+}
+
+/* What a free block is to be used for next. */
+static void
+sync_next_block(struct collabd *s, struct conn *c)
+{
+    struct sync *y = sync_of(s, c);
+    uint8_t text[120];
+    struct out o = out_over(text, sizeof text);
+
+    if (y->joining) {
+        sync_put_piece(s, c);
+    } else if (y->refusal != NULL) {
+        out_u8(&o, SYNC_AUTH);
+        out_u8(&o, 0);
+        out_uint(&o, strlen(y->refusal));
+        out_text(&o, y->refusal);
+        must(!o.full && sync_put(y, (struct span){ text, o.at }));
+        y->refusal = NULL;
+    } else if (y->ask && sync_put_step1(s, c)) {
+        y->ask = false;
+    } else if (y->greet && sync_put_awareness(s, c)) {
+        y->greet = false;
+    }
+}
+
+/* The spans that are still to be sent. */
+static int
+sync_gather(const struct collabd *s, const struct conn *c,
+            struct iovec out[2], size_t most)
+{
+    struct sync *y = sync_of(s, c);
+    size_t skip = y->sent > y->head_len ? y->sent - y->head_len : 0;
+    size_t left = span_len(y->body) - skip;
+    int n = 0;
+
+    if (y->sent < y->head_len)
+        out[n++] = (struct iovec){ y->head + y->sent,
+                                   y->head_len - y->sent };
+    if (left > 0)
+        out[n++] = (struct iovec){ (uint8_t *)(uintptr_t)y->body.at + skip,
+                                   left < most ? left : most };
+    return n;
+}
+
+/* The first sync has left: into the ring, or first what came meanwhile. */
+static void
+sync_let_in(struct collabd *s, struct conn *c)
+{
+    static const uint8_t prefix[] = { SYNC_SYNC, SYNC_UPDATE };
+    struct sync *y = sync_of(s, c);
+    struct room *room = sync_room(s, c);
+    struct doc *d = sync_doc(s, c);
+    struct span sv = span_of(y->sv.at, y->sv_len);
+    struct extent fresh = { NULL, 0 };
+    size_t len;
+
+    if (!c->in.outside)
+        return;
+    if (room_let_in(s, room, c, y->entry)) {
+        extent_give(s, &y->sv);
+        return;
+    }
+    if (span_is_empty(sv))
+        sv = span_of("", 1); /* of nothing */
+    if (!doc_diff(s, d, sv, &fresh, &len)) {
+        c->in.overtaken = true; /* no memory to help it */
+        room->overtook = true;
+        room_mark_dirty(s, room);
+        return;
+    }
+    y->memory = fresh;
+    y->first = true;
+    y->entry = room->ring.shown;
+    sync_put_large(y, span_of(prefix, sizeof prefix), span_of(fresh.at, len));
+}
+
+/* So many bytes were taken. */
+static void
+sync_advance(struct collabd *s, struct conn *c, size_t taken)
+{
+    struct sync *y = sync_of(s, c);
+
+    y->sent += taken;
+    if (taken > 0)
+        y->said_ms = now_ms;
+    if (y->sent < y->head_len + span_len(y->body))
+        return;
+    sync_block_drop(s, c);
+    if (y->first && !y->joining) {
+        y->first = false;
+        sync_let_in(s, c);
+    }
+    if (y->head_len == 0)
+        sync_next_block(s, c);
+}
+
+/* ----- what members publish ------------------------------------------------------- */
+
+/* Is there memory for a message of `len` bytes in the ring? */
+static bool
+sync_may_publish(const struct collabd *s, const struct room *room, size_t len)
+{
+    return room_frame_fits_ring(room, len) ||
+           (uint64_t)(s->chunks.count - s->chunks.used) * COLLABD_CHUNK >=
+               len + COLLABD_CHUNK;
+}
+
+/* To all members, but not to `from` if it is given: type and length ahead, the
+ * body behind. */
+static void
+sync_publish(struct collabd *s, struct room *room, struct conn *from,
+             struct span type, struct span head, struct span body)
+{
+    uint8_t text[48];
+    struct out o = out_over(text, sizeof text);
+    struct assembly m = { NONE32, NONE32, 0, { 0, 0, 0 }, 0 };
+
+    out_span(&o, type);
+    out_uint(&o, span_len(head) + span_len(body));
+    out_span(&o, head);
+    must(!o.full);
+    head = (struct span){ text, o.at };
+    m.len = (uint32_t)(span_len(head) + span_len(body));
+    if (room_frame_fits_ring(room, m.len)) {
+        room_publish(s, room, from, WSLAY_BINARY_FRAME, head, body);
+    } else if (assembly_add(&s->chunks, &m, 0, head) &&
+               assembly_add(&s->chunks, &m, (uint32_t)span_len(head), body)) {
+        room_publish_assembly(s, room, from, WSLAY_BINARY_FRAME, &m);
+    } else {
+        assembly_drop(&s->chunks, &m);
+        must(false); /* it was asked before */
+    }
+}
+
+/* One state, to everybody: whose it is learns a raised clock from its echo. */
+static void
+sync_publish_aware(struct collabd *s, struct room *room,
+                   const struct y_aware *entry)
+{
+    static const uint8_t type[] = { SYNC_AWARENESS };
+    struct span json = entry->gone ? span_text("null") : entry->json;
+    uint8_t head[32];
+    struct out o = out_over(head, sizeof head);
+
+    out_u8(&o, 1);
+    out_uint(&o, entry->client);
+    out_uint(&o, entry->clock);
+    out_uint(&o, span_len(json));
+    sync_publish(s, room, NULL, span_of(type, sizeof type),
+                 (struct span){ head, o.at }, json);
+}
+
+/* ----- committing ---------------------------------------------------------------- */
+
+/* Refuses an update without losing it: the member stays, is told once, and is
+ * asked for all it has when there is room again. */
+static struct sync_verdict
+sync_refuse(struct collabd *s, struct conn *c, const char *why)
+{
+    struct sync *y = sync_of(s, c);
+
+    s->count.doc_refused++;
+    if (!y->refused)
+        y->refusal = why;
+    y->refused = true;
+    if (sync_is_free(y))
+        sync_next_block(s, c);
+    return sync_fine;
+}
+
+/* Takes back what was not kept, and tells who sent it. */
+static void
+sync_take_back(struct collabd *s, struct room *room)
+{
+    room_take_back(s, room);
+    doc_take_back(s, room_doc(s, room));
+    for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {
+        struct conn *c = &s->conns[m];
+        if (c->in.unkept)
+            (void)sync_refuse(s, c, "the server's disk takes no more");
+        c->in.unkept = false;
+    }
+}
+
+/* Brings what the room's document got into the journal and, if that is enough,
+ * before its members. */
+static void
+sync_commit(struct collabd *s, struct room *room)
+{
+    struct doc *d = room_doc(s, room);
+
+    if (!doc_commit(s, d))
+        sync_take_back(s, room);
+    else if (d->shown == d->tail_len)
+        ring_show(&room->ring, room->ring.head);
+}
+
+/* ----- joining and leaving -------------------------------------------------------- */
+
+/* The first frames to a new member.  A reader is not asked for what it has. */
+static void
+sync_join(struct collabd *s, struct conn *c)
+{
+    struct sync *y = sync_of(s, c);
+
+    *y = (struct sync){ .said_ms = now_ms, .ask = c->right >= RIGHT_WRITE,
+                        .greet = true };
+    if (y->ask && sync_put_step1(s, c))
+        y->ask = false;
+    if (y->memory.at == NULL && sync_put_awareness(s, c))
+        y->greet = false;
+}
+
+/* Tells everybody that a state is gone. */
+static void
+sync_bury(struct collabd *s, struct room *room, struct aware *a)
+{
+    a->len = 0;
+    sync_publish_aware(s, room, &(struct y_aware){ a->client, a->clock,
+                                                   { NULL, NULL }, true });
+}
+
+/* A member leaves its document, and what it spoke for is gone. */
+static void
+sync_leave(struct collabd *s, struct conn *c)
+{
+    struct room *room = sync_room(s, c);
+    struct doc *d = sync_doc(s, c);
+    struct sync *y = sync_of(s, c);
+
+    for (size_t at = 0; at < d->aware_len; at += aware_size(aware_at(d, at))) {
+        struct aware *a = aware_at(d, at);
+        if (a->len > 0 && a->owner.slot == c->id.slot &&
+            a->owner.gen == c->id.gen)
+            sync_bury(s, room, a);
+    }
+    sync_joining_drop(s, c);
+    sync_block_drop(s, c);
+    extent_give(s, &y->sv);
+    extent_give(s, &y->message);
+    room_leave(s, c);
+    room_mark_dirty(s, room); /* the turn sees whether all have left */
+}
+
+/* ----- messages ------------------------------------------------------------------- */
+
+/* SyncStep1: answers with all the member lacks, as one message. */
+static struct sync_verdict
+sync_step1(struct collabd *s, struct conn *c, struct span sv)
+{
+    struct sync *y = sync_of(s, c);
+    struct room *room = sync_room(s, c);
+    struct doc *d = sync_doc(s, c);
+    const char *fault;
+    size_t len;
+
+    if (!y_sv_check(sv, &fault))
+        return sync_bad(s, fault, 0);
+    sync_commit(s, room); /* what came in this turn is part of it */
+    if (!sync_is_free(y))
+        return sync_wait;
+    extent_give(s, &y->sv);
+    if (span_len(sv) == 1 && doc_merge(s, d)) {
+        y->pins = d->now.len > 0;
+        d->now.pins += y->pins;
+        sync_put_answer(s, c, y->pins ? span_of(d->now.memory.at, d->now.len)
+                                      : span_of("\0", 2));
+    } else if (doc_diff(s, d, sv, &y->memory, &len)) {
+        sync_put_answer(s, c, span_of(y->memory.at, len));
+    } else {
+        return sync_wait;
+    }
+    if (!c->in.outside)
+        return sync_fine;
+    y->first = true;
+    y->entry = room->ring.shown;
+    len = y_known_write_sv(&d->known, NULL);
+    if ((y->joining || span_len(y->body) > SYNC_KEEP_SV) && d->shown == d->tail_len &&
+        extent_take(s, &y->sv, len, false)) {
+        struct out o = out_over(y->sv.at, len);
+        y->sv_len = y_known_write_sv(&d->known, &o);
+    }
+    return sync_fine;
+}
+
+/* Sees to it that there is room for an update; documents that nobody is in make
+ * way.  NULL: there is; else what is full. */
+static const char *
+sync_make_room(struct collabd *s, struct doc *d, const struct y_report *r,
+               size_t len)
+{
+    const char *full = doc_limit(s, d, r, len);
+
+    while (full == NULL && !doc_ask(s, d, r, len))
+        if (!room_close_oldest(s, true))
+            full = "memory for documents is full (--doc-memory)";
+    return full;
+}
+
+/* Takes an update that is all new into the document and the ring. */
+static struct sync_verdict
+sync_accept(struct collabd *s, struct conn *c, struct span update,
+            const struct y_report *r)
+{
+    static const uint8_t type[] = { SYNC_SYNC, SYNC_UPDATE };
+    struct room *room = sync_room(s, c);
+    struct doc *d = sync_doc(s, c);
+    const char *full;
+
+    if (c->right < RIGHT_WRITE)
+        return sync_refuse(s, c, "read only");
+    if (d->retry_ms > 0 && (r->structs > 0 || d->file.broken))
+        return sync_refuse(s, c, "the server's disk takes no more");
+    if (!sync_may_publish(s, room, span_len(update) + 16))
+        return sync_wait;
+    full = sync_make_room(s, d, r, span_len(update));
+    if (full != NULL) {
+        d->full_ms = now_ms + DOC_RETRY_MS;
+        d->wanted = *r;
+        d->wanted_len = span_len(update);
+        room_mark_dirty(s, room); /* so that somebody looks at full_ms */
+        return sync_refuse(s, c, full);
+    }
+    doc_append(d, update, r);
+    sync_publish(s, room, c, span_of(type, sizeof type), span_of(NULL, 0),
+                 update);
+    s->count.doc_updates++;
+    return sync_fine;
+}
+
+/* An update, or the answer to our SyncStep1.  What is known already goes
+ * nowhere. */
+static struct sync_verdict
+sync_update(struct collabd *s, struct conn *c, struct span update, bool answer)
+{
+    struct doc *d = sync_doc(s, c);
+    struct extent fresh = { NULL, 0 };
+    struct sync_verdict v;
+    struct y_report r;
+    size_t len;
+
+    if (!y_check(update, &r))
+        return sync_bad(s, r.fault, r.at);
+    if (r.canonical && y_known_is_new(&d->known, update) &&
+        (r.structs > 0 ? !answer || r.ranges == 0 : !answer && r.ranges > 0))
+        return sync_accept(s, c, update, &r);
+    if (!doc_minus(s, d, update, &r, &fresh, &len))
+        return sync_wait;
+    if (len == 0) {
+        s->count.doc_known++;
+        return sync_fine;
+    }
+    update = span_of(fresh.at, len);
+    must(y_check(update, &r));
+    v = sync_accept(s, c, update, &r);
+    extent_give(s, &fresh);
+    return v;
+}
+
+static struct sync_verdict
+sync_awareness(struct collabd *s, struct conn *c, struct span message)
+{
+    struct sync *y = sync_of(s, c);
+    struct room *room = sync_room(s, c);
+    struct doc *d = sync_doc(s, c);
+    const char *fault;
+    struct y_aware entry;
+    uint64_t left;
+    struct y_in in;
+    bool alone;
+
+    if (!y_aware_check(message, &fault))
+        return sync_bad(s, fault, 0);
+    if (!sync_may_publish(s, room, Y_AWARE_BYTES * 2))
+        return sync_wait;
+    in = y_aware_open(message, &left);
+    alone = left == 1;
+    while (y_aware_next(&in, &left, &entry)) {
+        if (y->messages <= 2 && alone)
+            y->itself = entry.client; /* clients begin with themselves */
+        if (!sync_may_publish(s, room, span_len(entry.json) + 64))
+            break; /* it is said again within 15 s */
+        if (aware_judge(s, d, &entry, c->id, entry.client == y->itself) ==
+            AWARE_NEW)
+            sync_publish_aware(s, room, &entry);
+    }
+    return sync_fine;
+}
+
+/* The body of a message: a length, and so many bytes to its end. */
+static bool
+sync_body(struct span *message)
+{
+    uint64_t len;
+
+    return y_uint(message, &len) && len == span_len(*message);
+}
+
+static struct sync_verdict
+sync_message(struct collabd *s, struct conn *c, struct span message)
+{
+    struct sync *y = sync_of(s, c);
+    uint64_t type, step;
+    struct span m = message;
+
+    if (y->messages <= 2)
+        y->messages++;
+    if (!y_uint(&m, &type))
+        return sync_bad(s, "a message without a type", 0);
+    if (type == SYNC_SYNC) {
+        if (!y_uint(&m, &step) || step > SYNC_UPDATE)
+            return sync_bad(s, "a sync message of unknown type", 1);
+        if (!sync_body(&m))
+            return sync_bad(s, "a body whose length is wrong", 2);
+        return step == SYNC_STEP1 ? sync_step1(s, c, m)
+                                  : sync_update(s, c, m, step == SYNC_STEP2);
+    }
+    if (type == SYNC_AWARENESS)
+        return sync_body(&m) ? sync_awareness(s, c, m)
+                             : sync_bad(s, "a body whose length is wrong", 1);
+    if (type == SYNC_QUERY) {
+        if (!sync_is_free(y) || !sync_put_awareness(s, c))
+            return sync_wait;
+        return sync_fine;
+    }
+    if (++y->strange > SYNC_STRANGE_MAX)
+        return sync_bad(s, "too many messages of unknown types", 0);
+    return sync_fine;
+}
+
+/* ----- time ------------------------------------------------------------------------- */
+
+/* Says nothing, so that a lone client's watchdog does not bite.  True: there is
+ * something to be sent. */
+static bool
+sync_keep_alive(struct collabd *s, struct conn *c)
+{
+    static const uint8_t nothing[] = { SYNC_AWARENESS, 1, 0 };
+    struct sync *y = sync_of(s, c);
+
+    return now_ms - y->said_ms >= SYNC_QUIET_MS && sync_is_free(y) &&
+           sync_put(y, span_of(nothing, sizeof nothing));
+}
+
+/* Buries states that nobody renews, and forgets the buried after as long again;
+ * answers when to look next. */
+static int64_t
+sync_expire(struct collabd *s, struct room *room)
+{
+    struct doc *d = room_doc(s, room);
+    int64_t next = INT64_MAX;
+
+    for (size_t at = 0; at < d->aware_len;) {
+        struct aware *a = aware_at(d, at);
+        int64_t end = a->seen_ms + (a->len > 0 ? 1 : 2) * AWARE_LIFE_MS;
+        if (a->len == 0 && end <= now_ms) {
+            aware_remove(d, a);
+            continue;
+        }
+        if (end <= now_ms) {
+            sync_bury(s, room, a);
+            end = a->seen_ms + 2 * AWARE_LIFE_MS;
+        }
+        next = end < next ? end : next;
+        at += aware_size(a);
+    }
+    return next;
+}
+
+/* The disk or memory takes something again: who was refused is asked for all
+ * it has. */
+static void
+sync_ask_again(struct collabd *s, struct room *room)
+{
+    for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {
+        struct conn *c = &s->conns[m];
+        struct sync *y = sync_of(s, c);
+        if (!y->refused || c->right < RIGHT_WRITE)
+            continue;
+        y->refused = false;
+        y->ask = true;
+        if (sync_is_free(y))
+            sync_next_block(s, c);
+    }
+    room_mark_dirty(s, room); /* so that they are flushed */
+}
+
+/* ----- the document behind ------------------------------------------------------------ */
+
+/* A job of the disk has come back. */
+static void
+sync_job_done(struct collabd *s, struct work *w)
+{
+    struct doc *d = (struct doc *)(void *)((uint8_t *)w -
+                                           offsetof(struct doc, job));
+    struct room *room = &s->rooms[d - s->docs];
+
+    enum doc_job_kind kind = d->job.kind;
+
+    if (!doc_job_done(s, d, sync_job_done))
+        sync_take_back(s, room);
+    else if (kind == DOC_JOB_SYNC)
+        ring_show(&room->ring, d->job.entry);
+    room_mark_dirty(s, room);
+}
+
+/* Whatever is due for a document; answers when to look again. */
+static int64_t
+sync_tend(struct collabd *s, struct room *room)
+{
+    struct doc *d = room_doc(s, room);
+    int64_t next = sync_expire(s, room), idle = d->edited_ms + DOC_IDLE_MS;
+    bool left = room->count == 0;
+
+    sync_commit(s, room);
+    if (left)
+        d->full_ms = 0; /* nobody waits for it */
+    if (d->retry_ms > 0 && d->retry_ms <= now_ms &&
+        doc_trial(s, d))
+        sync_ask_again(s, room);
+    if (doc_wants_merge(d) || left || idle <= now_ms ||
+        (d->full_ms > 0 && d->full_ms <= now_ms))
+        (void)doc_merge(s, d);
+    if (d->full_ms > 0 && d->full_ms <= now_ms) {
+        d->full_ms = now_ms + DOC_RETRY_MS;
+        if (sync_make_room(s, d, &d->wanted, d->wanted_len) == NULL) {
+            d->full_ms = 0;
+            sync_ask_again(s, room);
+        }
+    }
+    if (!d->job.busy && doc_wants_compaction(s, d, left) &&
+        d->compact_ms <= now_ms) {
+        d->compact_ms = now_ms + DOC_RETRY_MS;
+        (void)doc_compact(s, d, sync_job_done);
+    }
+    if (!d->job.busy && d->sync_at > 0 &&
+        (d->sync_at <= now_ms || s->cfg->fsync || left)) {
+        d->job.entry = room->ring.head;
+        doc_sync(s, d, sync_job_done);
+    }
+    if (d->tail_len > 0 && idle > now_ms && idle < next)
+        next = idle;
+    if (d->sync_at > 0 && !d->job.busy && d->sync_at < next)
+        next = d->sync_at;
+    if (d->retry_ms > 0 && d->retry_ms < next)
+        next = d->retry_ms;
+    if (d->full_ms > 0 && d->full_ms < next)
+        next = d->full_ms;
+    if (!d->job.busy && doc_wants_compaction(s, d, left) &&
+        d->compact_ms < next)
+        next = d->compact_ms;
+    return next;
+}
+
+/* The end: everything is written, and the file anew if its log is long. */
+static void
+sync_finish(struct collabd *s, struct room *room)
+{
+    struct doc *d = room_doc(s, room);
+
+    sync_commit(s, room);
+    (void)doc_merge(s, d);
+    if (!d->job.busy && doc_wants_compaction(s, d, true))
+        (void)doc_compact(s, d, sync_job_done);
+    if (!d->job.busy && d->sync_at > 0)
+        doc_sync(s, d, sync_job_done);
+    doc_close(s, d);
+}
+/* ===== 17  Transport =======================================================
  * Plain sockets and TLS behind one pair of calls, net_recv and net_send: they
  * answer bytes, or IO_WANT_READ, IO_WANT_WRITE, IO_GONE.  Nobody above looks
  * at errno or at codes of mbedTLS.
@@ -4533,8 +10363,7 @@ tls_set_versions(mbedtls_ssl_config *conf)
 #endif
 }
 
-/* The quick curves first: a handshake's step holds everybody up, and 2.28
- * would begin with the slowest. */
+/* The quick curves first; 2.28 would begin with the slowest. */
 static void
 tls_set_curves(mbedtls_ssl_config *conf)
 {
@@ -4751,34 +10580,44 @@ tls_close(struct collabd *s, struct conn *c)
     s->tls_used--;
 }
 
-/* One step of a handshake, never waiting: 0 done, 1 go on at once,
- * IO_WANT_READ, IO_WANT_WRITE, IO_GONE. */
-static int
-tls_step(struct collabd *s, struct conn *c)
+/* May a thread take steps of handshakes while the turn reads and writes what
+ * is beyond them?  Their only common ground are tickets and, from 3.6 on, keys:
+ * mbedTLS locks both if it was built to.  Signing with our key is done by that
+ * thread alone. */
+#if defined(MBEDTLS_THREADING_C)
+#define TLS_HAS_THREAD true
+#else
+#define TLS_HAS_THREAD false
+#endif
+
+/* Takes a step of a handshake, never waiting, and with a thread to do so all
+ * steps that can be taken.  The answer: 0 done, 1 go on at once, IO_WANT_READ,
+ * IO_WANT_WRITE, IO_GONE. */
+static void
+tls_shake(struct work *w)
 {
-    struct tls *t = &s->tls[c->tls];
+    struct tls *t = (struct tls *)w;
     int n;
 
-    if (!t->begun) {
-        t->begun = true;
-        s->handshakes++;
-        if (mbedtls_ssl_setup(&t->ssl, &s->tls_configs[t->config].conf) != 0)
-            return IO_GONE;
-        mbedtls_ssl_set_bio(&t->ssl, t, tls_bio_send, tls_bio_recv, NULL);
-    }
-    n = mbedtls_ssl_handshake_step(&t->ssl);
-    if (n == MBEDTLS_ERR_SSL_WANT_READ)
-        return IO_WANT_READ;
-    if (n == MBEDTLS_ERR_SSL_WANT_WRITE)
-        return IO_WANT_WRITE;
-    if (n != 0)
-        return IO_GONE;
-    if (!tls_is_over(&t->ssl))
-        return 1;
-    t->done = true;
-    s->handshakes--;
-    s->count.tls_handshakes++;
-    return 0;
+    do {
+        n = mbedtls_ssl_handshake_step(&t->ssl);
+        t->answer = n == MBEDTLS_ERR_SSL_WANT_READ    ? IO_WANT_READ
+                    : n == MBEDTLS_ERR_SSL_WANT_WRITE ? IO_WANT_WRITE
+                    : n != 0                          ? IO_GONE
+                                                      : !tls_is_over(&t->ssl);
+    } while (t->answer == 1 && TLS_HAS_THREAD);
+}
+
+/* Before the first step.  False: no memory. */
+static bool
+tls_begin(struct collabd *s, struct tls *t)
+{
+    t->begun = true;
+    s->handshakes++;
+    if (mbedtls_ssl_setup(&t->ssl, &s->tls_configs[t->config].conf) != 0)
+        return false;
+    mbedtls_ssl_set_bio(&t->ssl, t, tls_bio_send, tls_bio_recv, NULL);
+    return true;
 }
 
 static ssize_t
@@ -4945,7 +10784,7 @@ net_shut(struct collabd *s, struct conn *c)
 }
 #if COLLABD_TLS
 
-/* ===== 13  Certificates =====================================================
+/* ===== 18  Certificates ====================================================
  * `collabd --make-cert DIR`: a CA for this box, to be installed once on each
  * device, and a leaf that is issued again as often as need be.
  *
@@ -5747,7 +11586,7 @@ cert_renew(const struct collabd *s, const struct cfg *c)
 
 #endif /* COLLABD_TLS */
 
-/* ===== 14  Files ============================================================
+/* ===== 19  Files ===========================================================
  * Static files under --www.  The folder is open since start; a path is walked
  * from it segment by segment and no symbolic link is followed, so there is no
  * way out.
@@ -5990,8 +11829,8 @@ file_find(int www, const struct http *h)
     }
     return f;
 }
-/* ===== 15  Connections ======================================================
- * The life of a connection: the state machine drawn in chapter 6, and every
+/* ===== 20  Connections =====================================================
+ * The life of a connection: the state machine drawn in Tables, and every
  * way a peer leaves.
  *
  * A connection is read when poll() says so and nothing forbids it, and written
@@ -6007,6 +11846,7 @@ file_find(int www, const struct http *h)
 #define CONN_SPANS 64          /* of one sendmsg */
 #define CONN_SEND_MAX 262144   /* bytes to one client a turn */
 #define CONN_MESSAGE_MS 60000  /* for a message, and 1 ms more for each byte */
+#define CONN_RETRY_MS 100      /* to look again for document memory */
 #define CONN_STALL_MS 2000     /* a holder silent for so long may be evicted */
 
 static void
@@ -6046,6 +11886,30 @@ static struct room *
 conn_room(struct collabd *s, const struct conn *c)
 {
     return c->in.room == NONE ? NULL : &s->rooms[c->in.room];
+}
+
+static bool
+conn_is_member(const struct collabd *s, const struct conn *c)
+{
+    return c->in.room != NONE &&
+           s->rooms[c->in.room].kind == ROOM_DOCUMENT;
+}
+
+/* Leaves its room, if it is in one. */
+static void
+conn_leave(struct collabd *s, struct conn *c)
+{
+    if (conn_is_member(s, c))
+        sync_leave(s, c);
+    else
+        room_leave(s, c);
+}
+
+/* Is a frame of its own block begun? */
+static bool
+conn_is_in_block(const struct collabd *s, const struct conn *c)
+{
+    return conn_is_member(s, c) && sync_of(s, c)->sent > 0;
 }
 
 static struct request *
@@ -6103,6 +11967,7 @@ conn_update_poll(struct collabd *s, struct conn *c)
     if (c->blocked)
         events |= POLLOUT;
     s->poll[c->poll].events = events;
+    s->poll[c->poll].fd = c->busy ? -1 : c->fd;
 }
 
 /* Is there input that poll() does not know of: bytes behind the request head,
@@ -6166,7 +12031,8 @@ conn_push_control(struct collabd *s, struct conn *c)
 
     if (v.iov_len == 0)
         return true;
-    if (c->blocked || c->in.off > 0 || (q != NULL && q->reply_at < q->reply_end))
+    if (c->blocked || c->in.off > 0 || conn_is_in_block(s, c) ||
+        (q != NULL && q->reply_at < q->reply_end))
         return false;
     n = net_send(s, c, &v, 1);
     if (n == IO_GONE)
@@ -6235,6 +12101,9 @@ conn_close(struct collabd *s, struct conn *c, enum close_reason why)
     uint8_t payload[125];
     struct out o = out_over(payload, sizeof payload);
     uint16_t code = close_reasons[why].code;
+    const char *text = why == CLOSE_MALFORMED || why == CLOSE_NO_NAME
+                           ? s->complaint
+                           : close_reasons[why].text;
 
     if (c->state >= CONN_CLOSING || c->state == CONN_FREE)
         return;
@@ -6244,7 +12113,7 @@ conn_close(struct collabd *s, struct conn *c, enum close_reason why)
              why == CLOSE_SLOW || why == CLOSE_NO_MEMORY ? LOG_LEVEL_WARNING
              : c->state == CONN_OPEN                     ? LOG_LEVEL_INFO
                                                          : LOG_LEVEL_DEBUG,
-             close_reasons[why].text);
+             text);
     if (why == CLOSE_PEER)
         code = c->close_code;
     if (c->state != CONN_OPEN || code == 0 ||
@@ -6256,7 +12125,7 @@ conn_close(struct collabd *s, struct conn *c, enum close_reason why)
         out_u8(&o, (uint8_t)(code >> 8));
         out_u8(&o, (uint8_t)code);
         if (why != CLOSE_PEER)
-            out_text(&o, close_reasons[why].text);
+            out_text(&o, text);
     }
     c->state = CONN_CLOSING;
     conn_control(s, c, WSLAY_CONNECTION_CLOSE,
@@ -6452,41 +12321,42 @@ conn_refuse_access(struct collabd *s, struct conn *c, const struct http *h,
 
 /* ----- requests ------------------------------------------------------------------------ */
 
+/* Opens the document that a room is for; if memory is short, others that
+ * nobody is in are closed. */
+static bool
+conn_open_document(struct collabd *s, struct room *room)
+{
+    struct doc *d = room_doc(s, room);
+    enum doc_opened how = DOC_OPENED;
+
+    if (d->state == DOC_CLOSED)
+        how = doc_open(s, d, room_name(room));
+    if (how == DOC_NO_MEMORY && room_close_oldest(s, true)) {
+        while (room_close_oldest(s, true))
+            ;
+        how = doc_open(s, d, room_name(room));
+    }
+    return how == DOC_OPENED;
+}
+
+/* The WebSocket begins; what can be wrong from now on is told by a Close, as
+ * pages see nothing of a refused upgrade. */
 static void
-conn_open_channel(struct collabd *s, struct conn *c, const struct http *h,
-                  struct span name)
+conn_upgrade(struct collabd *s, struct conn *c, const struct http *h,
+             bool document)
 {
     struct request *q = conn_request(s, c);
-    struct span echo = { NULL, NULL }, history = { NULL, NULL };
-    struct room *room = NULL;
-    uint64_t last = 0;
-    enum access_right right;
-    bool known;
+    struct span offered = h->protocols, protocol;
     struct out o = out_over(q->reply, sizeof q->reply);
 
-    if (http_query(h->query, "history", &history) &&
-        span_decimal(history, UINT32_MAX, &last) != PARSE_OK) {
-        conn_refuse(s, c, h, 400, "history is not a number", NULL);
-        return;
-    }
-    if (http_query(h->query, "echo", &echo) && !span_is(echo, "1") &&
-        !span_is(echo, "0")) {
-        conn_refuse(s, c, h, 400, "echo is neither 0 nor 1", NULL);
-        return;
-    }
-    right = conn_right_on(s, c, "ws/", name, &known);
-    if (right >= RIGHT_READ) {
-        room = room_open(s, name);
-        if (room == NULL) {
-            conn_refuse(s, c, h, 503,
-                        "all rooms are in use; --max-rooms says how many "
-                        "there are", "Retry-After: 5\r\n");
-            return;
-        }
-    }
     out_text(&o, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
                  "Connection: Upgrade\r\nSec-WebSocket-Accept: ");
     http_accept(h->key, &o);
+    if (document && http_list_next(&offered, &protocol)) {
+        /* editors offer what their own servers know; any one will do */
+        out_text(&o, "\r\nSec-WebSocket-Protocol: ");
+        out_span(&o, protocol);
+    }
     out_text(&o, "\r\n\r\n");
     q->reply_at = 0;
     q->reply_end = (uint32_t)(o.at - q->reply);
@@ -6494,26 +12364,75 @@ conn_open_channel(struct collabd *s, struct conn *c, const struct http *h,
     s->count.upgrades++;
     c->state = CONN_OPEN;
     c->spoke_ws = true;
-    c->right = (uint8_t)right;
     c->heard_ms = now_ms;
     conn_set_deadline(s, c, now_ms + (int64_t)s->cfg->ping_interval * 1000);
     conn_schedule(s, c);
-    if (room == NULL)
+}
+
+/* What a room is called in the patterns of --tokens. */
+static const char *
+conn_room_prefix(enum room_kind kind)
+{
+    return kind == ROOM_DOCUMENT ? "doc/" : "ws/";
+}
+
+/* Lets a client into the room of that name. */
+static void
+conn_enter(struct collabd *s, struct conn *c, const struct http *h,
+           enum room_kind kind, struct span name)
+{
+    struct span echo = { NULL, NULL }, history = { NULL, NULL };
+    struct room *room = NULL;
+    uint64_t last = 0;
+    enum access_right right;
+    bool known;
+
+    if (kind == ROOM_CHANNEL && http_query(h->query, "history", &history) &&
+        span_decimal(history, UINT32_MAX, &last) != PARSE_OK) {
+        conn_refuse(s, c, h, 400, "history is not a number", NULL);
+        return;
+    }
+    if (kind == ROOM_CHANNEL && http_query(h->query, "echo", &echo) &&
+        !span_is(echo, "1") && !span_is(echo, "0")) {
+        conn_refuse(s, c, h, 400, "echo is neither 0 nor 1", NULL);
+        return;
+    }
+    right = conn_right_on(s, c, conn_room_prefix(kind), name, &known);
+    if (right >= RIGHT_READ) {
+        room = room_open(s, kind, name);
+        if (room == NULL) {
+            conn_refuse(s, c, h, 503,
+                        "all rooms are in use; --max-rooms says how many "
+                        "there are", "Retry-After: 5\r\n");
+            return;
+        }
+    }
+    c->right = (uint8_t)right;
+    conn_upgrade(s, c, h, kind == ROOM_DOCUMENT);
+    if (room == NULL) {
         conn_close(s, c, known ? CLOSE_FORBIDDEN : CLOSE_UNAUTHORIZED);
-    else
-        room_join(s, room, c, span_is(echo, "1"), last);
+    } else if (kind == ROOM_CHANNEL) {
+        room_join(s, room, c, span_is(echo, "1"), last, false);
+    } else if (!conn_open_document(s, room)) {
+        conn_close(s, c, CLOSE_CANNOT_OPEN);
+    } else {
+        room_join(s, room, c, false, 0, true);
+        sync_join(s, c);
+        conn_set_deadline(s, c, now_ms + SYNC_QUIET_MS);
+    }
 }
 
 static void
 conn_answer_upgrade(struct collabd *s, struct conn *c, const struct http *h,
-                    struct span name_path)
+                    enum room_kind kind, struct span name_path)
 {
-    uint8_t name[COLLABD_NAME_MAX], len;
-    struct verdict v = http_room_name(name_path, name, &len);
+    uint8_t name[COLLABD_NAME_MAX], len = 0;
+    struct verdict named = http_room_name(name_path, name, &len);
+    struct verdict v = http_judge_upgrade(h);
     char why[300];
 
-    if (v.status == 0)
-        v = http_judge_upgrade(h);
+    if (v.status == 0 && kind == ROOM_CHANNEL)
+        v = named;
     if (v.status != 0) {
         conn_refuse(s, c, h, v.status, v.why,
                     v.status == 426 ? "Sec-WebSocket-Version: 13\r\n"
@@ -6526,7 +12445,13 @@ conn_answer_upgrade(struct collabd *s, struct conn *c, const struct http *h,
         conn_refuse(s, c, h, 403, why, NULL);
         return;
     }
-    conn_open_channel(s, c, h, span_of(name, len));
+    if (named.status == 0) {
+        conn_enter(s, c, h, kind, span_of(name, len));
+    } else { /* a refused upgrade would be tried again and again */
+        (void)snprintf(s->complaint, sizeof s->complaint, "%s", named.why);
+        conn_upgrade(s, c, h, true);
+        conn_close(s, c, CLOSE_NO_NAME);
+    }
 }
 
 /* A path for Location.  Two slashes in front, or what browsers take for them,
@@ -6645,7 +12570,8 @@ conn_answer_page(struct collabd *s, struct conn *c, const struct http *h)
 
     if (span_is(h->path, "/healthz")) {
         r.type = "application/json";
-        stat_health(s, &o);
+        if (!stat_health(s, &o))
+            r.status = 503;
     } else if (span_is(h->path, "/metrics")) {
         if (!conn_is_operator(s, c, &known)) {
             conn_refuse_access(s, c, h, known);
@@ -6659,11 +12585,13 @@ conn_answer_page(struct collabd *s, struct conn *c, const struct http *h)
     } else if (span_is(h->path, "/")) {
         out_text(&o, "collabd " COLLABD_VERSION " is running.\n"
                      "Channels: connect a WebSocket to /ws/NAME.\n"
+                     "Documents: connect a Yjs editor (y-websocket) to "
+                     "/yjs/NAME.\n"
                      "Health: /healthz, metrics: /metrics.\n");
     } else {
         conn_refuse(s, c, h, 404,
-                    "there is nothing here; channels are at /ws/NAME, files "
-                    "need --www", NULL);
+                    "there is nothing here; channels are at /ws/NAME, "
+                    "documents at /yjs/NAME, files need --www", NULL);
         return;
     }
     r.body = (struct span){ body, o.at };
@@ -6705,17 +12633,42 @@ conn_judge_origin(struct collabd *s, struct conn *c, const struct http *h)
     return false;
 }
 
+/* Is a path that of a channel or of a document? */
+static bool
+conn_path_is_room(const struct collabd *s, const struct http *h,
+                  enum room_kind *kind, struct span *name)
+{
+    static const char taken[][7] = { "/text/", "/d/", "/api/" };
+
+    *name = h->path;
+    *kind = ROOM_DOCUMENT;
+    if (span_starts(*name, "/ws/")) {
+        *kind = ROOM_CHANNEL;
+        name->at += 4;
+        return true;
+    }
+    if (span_starts(*name, "/yjs/")) {
+        name->at += 5;
+        return true;
+    }
+    for (size_t i = 0; i < sizeof taken / sizeof *taken; i++)
+        if (span_starts(*name, taken[i]))
+            return false;
+    name->at += !span_is_empty(*name);
+    return s->cfg->yjs_at_root && !span_is_empty(*name);
+}
+
 static void
 conn_route(struct collabd *s, struct conn *c, const struct http *h)
 {
     uint8_t text[COLLABD_TARGET_MAX];
     struct out o = out_over(text, sizeof text);
-    struct span path = h->path, token;
-    bool channel = span_starts(path, "/ws/"), known;
+    struct span token, name;
+    enum room_kind kind;
+    bool room = conn_path_is_room(s, h, &kind, &name), known;
 
-    if (channel && http_is_upgrade(h)) {
-        path.at += 4;
-        conn_answer_upgrade(s, c, h, path);
+    if (room && http_is_upgrade(h)) {
+        conn_answer_upgrade(s, c, h, kind, name);
         return;
     }
     if (!conn_judge_origin(s, c, h))
@@ -6726,8 +12679,10 @@ conn_route(struct collabd *s, struct conn *c, const struct http *h)
     } else if (h->method != HTTP_GET && h->method != HTTP_HEAD) {
         conn_refuse(s, c, h, 405, "only GET and HEAD are served here",
                     "Allow: GET, HEAD, OPTIONS\r\n");
-    } else if (channel) {
-        conn_refuse(s, c, h, 426, "this is a channel: connect a WebSocket",
+    } else if (room && kind == ROOM_DOCUMENT && !span_starts(h->path, "/yjs/")) {
+        conn_answer_page(s, c, h); /* at the root */
+    } else if (room) {
+        conn_refuse(s, c, h, 426, "this is a room: connect a WebSocket",
                     "Upgrade: websocket\r\nConnection: Upgrade\r\n"
                     "Sec-WebSocket-Version: 13\r\n");
     } else if (s->tokens != NULL && s->tokens->on &&
@@ -6931,6 +12886,47 @@ conn_feed(uint8_t *to, size_t len, int flags, void *user)
     return n;
 }
 
+/* A piece of a message of a document's member.  A message in pieces is put
+ * together in one place, as it is read as a whole. */
+static bool
+conn_take_sync(struct collabd *s, struct conn *c, const struct ws_piece *p,
+               uint32_t before)
+{
+    struct sync *y = sync_of(s, c);
+    struct sync_verdict v;
+    struct span message = p->data;
+
+    if (p->opcode != WSLAY_BINARY_FRAME) {
+        v = sync_bad(s, "a text message; documents take binary ones", 0);
+        conn_close(s, c, v.why);
+        return true;
+    }
+    if (!p->first || !p->last) {
+        size_t size = before + span_len(p->data);
+        if (size > y->message.size &&
+            !extent_resize(s, &y->message, size + size / 2))
+            return false;
+        if (!span_is_empty(p->data))
+            memcpy(y->message.at + before, p->data.at, span_len(p->data));
+        s->count.copied_bytes += span_len(p->data);
+        message = span_of(y->message.at, size);
+    }
+    if (!p->last)
+        return true;
+    v = sync_message(s, c, message);
+    if (v.wait)
+        return false;
+    conn_charge(s, c, 1, span_len(message));
+    extent_give(s, &y->message);
+    c->message.len = 0;
+    c->begun_ms = 0;
+    if (v.why != CLOSE_DONE)
+        conn_close(s, c, v.why);
+    else if (!sync_is_free(y))
+        conn_schedule(s, c);
+    return true;
+}
+
 /* A piece of a message.  False: there is no memory for it now; it stays in
  * the receiver. */
 static bool
@@ -6940,12 +12936,14 @@ conn_take_piece(struct collabd *s, struct conn *c, const struct ws_piece *p)
     uint64_t len = c->message.len;
     uint32_t before = (uint32_t)(len - span_len(p->data));
 
+    if (room->kind == ROOM_DOCUMENT)
+        return conn_take_sync(s, c, p, before);
     if (c->right < RIGHT_WRITE) {
         conn_close(s, c, CLOSE_READ_ONLY);
         return true;
     }
     if (p->first && p->last && room_frame_fits_ring(room, len)) {
-        room_publish(s, c, p->opcode, p->data);
+        room_publish(s, room, c, p->opcode, span_of(NULL, 0), p->data);
     } else {
         if (!assembly_add(&s->chunks, &c->message, before, p->data))
             return false;
@@ -6953,7 +12951,7 @@ conn_take_piece(struct collabd *s, struct conn *c, const struct ws_piece *p)
         if (!p->last)
             return true;
         s->count.assembled++;
-        room_publish_assembly(s, c, p->opcode, &c->message);
+        room_publish_assembly(s, room, c, p->opcode, &c->message);
     }
     c->message.len = 0;
     c->begun_ms = 0;
@@ -6989,7 +12987,9 @@ conn_take(struct collabd *s, struct conn *c, const struct ws_piece *p)
         conn_take_close(s, c, p);
         return true;
     case WS_BAD:
-        conn_close(s, c, p->why);
+        conn_close(s, c, p->why == CLOSE_TOO_BIG && conn_is_member(s, c)
+                             ? CLOSE_DOC_MESSAGE
+                             : p->why);
         return true;
     }
     return true;
@@ -7251,14 +13251,48 @@ conn_flush_room(struct collabd *s, struct conn *c, bool one_frame)
             return false;
         }
         all = conn_send(s, c, v, count, &sent);
-        if (sent > 0)
+        if (sent > 0) {
             room_advance(s, c, sent);
+            if (conn_is_member(s, c))
+                sync_of(s, c)->said_ms = now_ms;
+        }
         total += sent;
         if (!all)
             return false;
         if (one_frame && c->in.off == 0)
             break;
     }
+    return true;
+}
+
+/* Sends a member's own block.  True: there is none left. */
+static bool
+conn_flush_block(struct collabd *s, struct conn *c)
+{
+    struct iovec v[2];
+    uint64_t sent, total = 0;
+    int count;
+
+    if (sync_of(s, c)->head_len == 0 && sync_of(s, c)->joining)
+        sync_put_piece(s, c);
+    while ((count = sync_gather(s, c, v, CONN_SEND_MAX)) > 0) {
+        bool all;
+        if (total >= CONN_SEND_MAX) {
+            c->blocked = true;
+            return false;
+        }
+        all = conn_send(s, c, v, count, &sent);
+        if (c->starved && sent > 0) /* it waits for what is moving */
+            conn_set_deadline(s, c, now_ms + conn_timeout_ms(s));
+        sync_advance(s, c, (size_t)sent);
+        total += sent;
+        if (!all)
+            return false;
+    }
+    if (sync_of(s, c)->joining) /* there was no memory for the next piece */
+        conn_set_deadline(s, c, now_ms + CONN_RETRY_MS);
+    if (c->starved)
+        conn_set_deadline(s, c, now_ms); /* its message may go on */
     return true;
 }
 
@@ -7269,6 +13303,12 @@ conn_release(struct collabd *s, struct conn *c)
         receiver_return(s, c, conn_feed);
     chunk_free_chain(&s->chunks, c->message.first);
     c->message.first = c->message.last = NONE32;
+}
+
+static bool
+conn_hears_ring(const struct conn *c)
+{
+    return c->in.room != NONE && !c->in.overtaken && !c->in.outside;
 }
 
 /* Everything a WebSocket has to send, in order.  True: nothing is left. */
@@ -7286,18 +13326,23 @@ conn_flush_open(struct collabd *s, struct conn *c)
         request_free(s, c);
     /* the frame that is begun; before a Close all messages, unless a control
      * frame is begun */
-    if (c->in.room != NONE && !c->in.overtaken &&
-        (c->in.off > 0 ||
-         (c->state == CONN_CLOSING && c->control_at == 0)) &&
+    if (conn_hears_ring(c) &&
+        (c->in.off > 0 || (c->state == CONN_CLOSING && c->control_at == 0 &&
+                           !conn_is_in_block(s, c))) &&
         !conn_flush_room(s, c, c->state != CONN_CLOSING))
+        return false;
+    if (conn_is_in_block(s, c) && !conn_flush_block(s, c))
         return false;
     if (!conn_push_control(s, c)) {
         if (c->state != CONN_GONE)
             c->blocked = true;
         return false;
     }
-    return c->state != CONN_OPEN || c->in.room == NONE || c->in.overtaken ||
-           conn_flush_room(s, c, false);
+    if (c->state != CONN_OPEN)
+        return true;
+    if (conn_is_member(s, c) && !conn_flush_block(s, c))
+        return false;
+    return !conn_hears_ring(c) || conn_flush_room(s, c, false);
 }
 
 /* Sends what there is.  Called when something was added and when poll() says
@@ -7324,7 +13369,7 @@ conn_flush(struct collabd *s, struct conn *c)
         if (c->in.overtaken && c->in.off > 0)
             conn_gone(s, c);
         else if (conn_flush_open(s, c)) {
-            room_leave(s, c);
+            conn_leave(s, c);
             conn_linger(s, c);
         }
         break;
@@ -7412,7 +13457,7 @@ conn_end(struct collabd *s, struct conn *c)
     must(c->state == CONN_GONE);
     conn_release(s, c);
     request_free(s, c);
-    room_leave(s, c);
+    conn_leave(s, c);
     conn_set_more(s, c, false);
 #if COLLABD_TLS
     tls_close(s, c);
@@ -7464,6 +13509,8 @@ conn_solvent_at(const struct collabd *s, const struct conn *c)
 static void
 conn_expire_open(struct collabd *s, struct conn *c)
 {
+    int64_t quiet;
+
     if (!conn_may_read(s, c)) { /* deadlines stand still for it */
         conn_heard(c);
         c->begun_ms = c->begun_ms == 0 ? 0 : now_ms;
@@ -7483,6 +13530,14 @@ conn_expire_open(struct collabd *s, struct conn *c)
         s->count.pings++;
     }
     conn_set_deadline(s, c, conn_next_ping(s, c));
+    if (!conn_is_member(s, c))
+        return;
+    if (sync_keep_alive(s, c) || sync_of(s, c)->joining)
+        conn_schedule(s, c);
+    quiet = (sync_is_free(sync_of(s, c)) ? sync_of(s, c)->said_ms : now_ms) +
+            SYNC_QUIET_MS;
+    if (quiet < c->deadline)
+        conn_set_deadline(s, c, quiet);
 }
 
 /* A deadline has passed. */
@@ -7524,10 +13579,10 @@ conn_expire(struct collabd *s, struct conn *c)
         break;
     }
 }
-/* ===== 16  The turn =========================================================
+/* ===== 21  The turn ========================================================
  * One turn: poll, accept, read whoever is readable (a bounded amount each),
- * flush the rooms that got something, flush and free connections, one step of
- * one TLS handshake, and whatever deadline has passed.
+ * flush the rooms that got something, flush and free connections, hand TLS
+ * handshakes to their thread, and whatever deadline has passed.
  * ========================================================================= */
 
 #define LOOP_ACCEPTS 32      /* of a listener, a turn */
@@ -7662,7 +13717,7 @@ loop_flush_room(struct collabd *s, struct room *room)
 {
     bool behind = room->held;
 
-    room->flushed_pos = room->ring.pos;
+    room->flushed_pos = ring_pos(&room->ring, room->ring.shown);
     room->flushed_ms = now_ms;
     if (room->overtook)
         loop_cut_overtaken(s, room);
@@ -7702,10 +13757,13 @@ loop_flush_rooms(struct collabd *s)
         struct room *room = &s->rooms[i];
         i = room->dirty_next;
         room->dirty = false;
-        if (loop_coalesces(s, room))
+        if (loop_coalesces(s, room)) {
             room_mark_dirty(s, room);
-        else
-            loop_flush_room(s, room);
+            continue;
+        }
+        if (room->kind == ROOM_DOCUMENT && s->docs[room_slot(s, room)].state == DOC_OPEN)
+            loop_due(s, sync_tend(s, room));
+        loop_flush_room(s, room);
     }
 }
 
@@ -7728,7 +13786,7 @@ loop_flush_conns(struct collabd *s)
         c->flushing = false;
         if (c->state != CONN_GONE)
             conn_flush(s, c);
-        if (c->state == CONN_GONE && !c->flushing)
+        if (c->state == CONN_GONE && !c->flushing && !c->busy)
             conn_end(s, c);
     }
 }
@@ -7795,19 +13853,30 @@ loop_feed_starved(struct collabd *s)
 
 #if COLLABD_TLS
 
-/* What a step's answer means for its connection. */
+/* What the answer to a handshake's steps means for its connection. */
 static void
-loop_after_step(struct collabd *s, struct conn *c, int answer)
+loop_shaken(struct collabd *s, struct work *w)
 {
-    struct tls *t = &s->tls[c->tls];
+    struct tls *t = (struct tls *)w;
+    struct conn *c = conn_at(s, t->conn);
 
-    t->ready = answer == 1;
-    c->blocked = answer == IO_WANT_WRITE;
-    if (answer == IO_GONE) {
+    c->busy = false;
+    t->ready = t->answer == 1;
+    c->blocked = t->answer == IO_WANT_WRITE;
+    if (t->answer == 0) {
+        t->done = true;
+        s->handshakes--;
+        s->count.tls_handshakes++;
+    }
+    if (c->state == CONN_GONE) { /* in the meantime */
+        conn_schedule(s, c);
+        return;
+    }
+    if (t->answer == IO_GONE) {
         conn_close(s, c, CLOSE_TLS);
         return;
     }
-    if (answer == 0) {
+    if (t->answer == 0) {
         c->state = CONN_HEAD;
         conn_set_deadline(s, c, now_ms + conn_timeout_ms(s));
         conn_heard(c);
@@ -7819,30 +13888,42 @@ loop_after_step(struct collabd *s, struct conn *c, int answer)
 static bool
 loop_may_step(const struct collabd *s, const struct tls *t)
 {
-    return t->conn != NONE && t->ready && !t->done &&
+    return t->conn != NONE && t->ready &&
            (t->begun || s->handshakes < s->cfg->max_handshakes);
 }
 
-/* One step of one handshake, the next in turn that can go on.  Handshakes that
- * have not begun wait for those in flight. */
+/* Hands the handshakes that can go on to their thread, in turn, or without one
+ * takes a step of the next.  Handshakes that have not begun wait for those in
+ * flight. */
 static void
-loop_handshake(struct collabd *s)
+loop_handshakes(struct collabd *s)
 {
-    unsigned i = 1, slot = 0;
+    unsigned at = s->handshake_at;
 
     s->handshakes_ready = false;
-    for (; i <= s->tls_fresh; i++) {
-        slot = (s->handshake_at + i) % s->tls_fresh;
-        if (loop_may_step(s, &s->tls[slot]))
-            break;
-    }
-    if (i > s->tls_fresh)
+    for (unsigned i = 0; i < s->tls_fresh; i++) {
+        struct tls *t = &s->tls[++at % s->tls_fresh];
+        struct conn *c;
+        if (!loop_may_step(s, t))
+            continue;
+        c = conn_at(s, t->conn);
+        s->handshake_at = c->tls;
+        t->ready = false;
+        t->work = (struct work){ tls_shake, loop_shaken, NULL };
+        if (!t->begun && !tls_begin(s, t)) {
+            conn_close(s, c, CLOSE_TLS);
+            continue;
+        }
+        if (TLS_HAS_THREAD && work_post(&s->work, WORK_CRYPTO, &t->work)) {
+            c->busy = true;
+            conn_update_poll(s, c);
+            continue;
+        }
+        tls_shake(&t->work);
+        loop_shaken(s, &t->work);
+        s->handshakes_ready = true; /* perhaps */
         return;
-    s->handshake_at = (uint16_t)slot;
-    loop_after_step(s, conn_at(s, s->tls[slot].conn),
-                    tls_step(s, conn_at(s, s->tls[slot].conn)));
-    for (i = 0; i < s->tls_fresh; i++)
-        s->handshakes_ready |= loop_may_step(s, &s->tls[i]);
+    }
 }
 
 #endif
@@ -7874,9 +13955,14 @@ loop_time(struct collabd *s)
     s->due = LOOP_NEVER;
     for (unsigned i = 0; i < s->conns_fresh; i++)
         loop_conn_time(s, &s->conns[i]);
-    for (unsigned i = 0; i < s->rooms_fresh; i++)
-        if (s->rooms[i].used && s->rooms[i].held)
-            loop_judge(s, &s->rooms[i]);
+    for (unsigned i = 0; i < s->rooms_fresh; i++) {
+        struct room *room = &s->rooms[i];
+        if (room->used && room->held)
+            loop_judge(s, room);
+        if (room->used && room->kind == ROOM_DOCUMENT &&
+            s->docs[i].state == DOC_OPEN)
+            loop_due(s, sync_tend(s, room));
+    }
     for (unsigned i = 0; i < s->listener_count; i++) {
         struct listener *l = &s->listeners[i];
         if (l->asleep_until > now_ms)
@@ -7984,9 +14070,22 @@ loop_more(struct collabd *s)
     }
 }
 
+/* Takes back what threads have done. */
+static void
+loop_collect(struct collabd *s)
+{
+    struct work *w = work_collect(&s->work), *next;
+
+    for (; w != NULL; w = next) {
+        next = w->next;
+        w->done(s, w);
+    }
+}
+
 static int
 loop_turn(struct collabd *s, int most_ms)
 {
+    struct pollfd *wake = &s->poll[s->poll_used];
     struct timespec wait;
     uint64_t began;
     int ready, wait_ms;
@@ -7994,13 +14093,18 @@ loop_turn(struct collabd *s, int most_ms)
     loop_listeners(s);
     wait_ms = loop_timeout(s, most_ms);
     wait = (struct timespec){ wait_ms / 1000, wait_ms % 1000 * 1000000 };
-    ready = sys.ppoll(s->poll, s->poll_used, wait_ms < 0 ? NULL : &wait,
+    *wake = (struct pollfd){ .fd = s->work.wake, .events = POLLIN };
+    ready = sys.ppoll(s->poll, s->poll_used + 1, wait_ms < 0 ? NULL : &wait,
                       s->wait_mask);
     sys_read_clock();
     if (ready < 0 && errno != EINTR)
         return -1;
     began = sys_now_us();
     s->count.turns++;
+    if (ready > 0 && wake->revents != 0) {
+        ready--;
+        loop_collect(s);
+    }
     if (s->more > 0)
         loop_more(s);
     if (ready > 0)
@@ -8012,9 +14116,13 @@ loop_turn(struct collabd *s, int most_ms)
     if (s->dirty_first != NONE)
         loop_flush_rooms(s);
     loop_flush_conns(s);
+    if (s->dirty_first != NONE) { /* what is said of who has just left */
+        loop_flush_rooms(s);
+        loop_flush_conns(s);
+    }
 #if COLLABD_TLS
     if (s->tls_used > 0)
-        loop_handshake(s);
+        loop_handshakes(s);
     loop_flush_conns(s);
 #endif
     began = sys_now_us() - began;
@@ -8023,7 +14131,7 @@ loop_turn(struct collabd *s, int most_ms)
         s->count.turn_us_max = began;
     return 0;
 }
-/* ===== 17  The program ======================================================
+/* ===== 22  The program =====================================================
  * Start and stop, reload, signals: the calls of collabd.h, and main.
  * ========================================================================= */
 
@@ -8034,8 +14142,9 @@ static bool
 start_descriptors(const struct cfg *c)
 {
     struct rlimit limit;
-    uint64_t need = c->max_clients + c->max_requests + c->listen.count +
-                    c->tls_listen.count + 16;
+    uint64_t files = c->data != 0 ? c->max_rooms : 0;
+    uint64_t need = c->max_clients + c->max_requests + files +
+                    c->listen.count + c->tls_listen.count + 16;
 
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0)
         return true;
@@ -8045,9 +14154,10 @@ start_descriptors(const struct cfg *c)
         return true;
     log_say(LOG_LEVEL_ERROR,
             "these settings need %" PRIu64 " file descriptors (max-clients "
-            "%" PRIu64 " + max-requests %" PRIu64 " + listeners and %d more), "
+            "%" PRIu64 " + max-requests %" PRIu64 " + documents %" PRIu64
+            " + listeners and %d more), "
             "the hard limit is %" PRIu64 "; lower max-clients or raise "
-            "ulimit -Hn", need, c->max_clients, c->max_requests, 16,
+            "ulimit -Hn", need, c->max_clients, c->max_requests, files, 16,
             (uint64_t)limit.rlim_max);
     return false;
 }
@@ -8124,6 +14234,29 @@ start_folders(struct collabd *s, const struct cfg *c)
     start_folder(&s->key_file, s->file_names[3], cfg_text(c, c->tls_key));
 }
 
+/* Opens the folder of documents; it belongs to the user we will be. */
+static bool
+start_data(struct collabd *s, const struct cfg *c)
+{
+    const char *user = cfg_text(c, c->user);
+    struct passwd *pw = *user == '\0' ? NULL : getpwnam(user);
+    struct stat st;
+
+    if (jrnl_folder_open(&s->data, cfg_text(c, c->data), true) != 0) {
+        if (errno != EROFS ||
+            jrnl_folder_open(&s->data, cfg_text(c, c->data), false) != 0)
+            return false;
+        log_say(LOG_LEVEL_WARNING, "documents can be read, but not changed");
+        return true;
+    }
+    if (pw != NULL && fstat(s->data.fd, &st) == 0 && st.st_uid == 0 &&
+        (fchown(s->data.fd, pw->pw_uid, pw->pw_gid) != 0 ||
+         fchown(s->data.lock, pw->pw_uid, pw->pw_gid) != 0))
+        log_say(LOG_LEVEL_WARNING, "data folder %s: cannot be given to %s: %s",
+                cfg_text(c, c->data), user, strerror(errno));
+    return true;
+}
+
 /* Reads what the settings name: tokens, certificate, files. */
 static bool
 start_files(struct collabd *s, const struct cfg *c)
@@ -8146,6 +14279,8 @@ start_files(struct collabd *s, const struct cfg *c)
         return false;
     }
 #endif
+    if (c->data != 0 && !start_data(s, c))
+        return false;
     s->www = -1;
     if (c->www != 0) {
         const char *www = cfg_text(c, c->www);
@@ -8271,6 +14406,9 @@ start_announce(struct collabd *s)
 {
     for (unsigned i = 0; i < s->listener_count; i++)
         net_announce(&s->listeners[i]);
+    if (s->data.fd < 0)
+        log_say(LOG_LEVEL_INFO, "documents live in memory only; --data DIR "
+                "keeps them");
     log_say(LOG_LEVEL_INFO, "ready");
     sys_notify(s->notify_fd, "READY=1");
 }
@@ -8288,7 +14426,8 @@ program_new(int argc, char *const argv[])
     s->cfg_spare = &s->cfgs[1];
     s->argc = argc;
     s->argv = argv;
-    s->www = s->spare_fd = s->notify_fd = -1;
+    s->www = s->spare_fd = s->notify_fd = s->work.wake = -1;
+    s->data = (struct jrnl_folder){ -1, -1 };
     s->due = LOOP_NEVER;
     s->config_file = s->tokens_file = s->cert_file = s->key_file =
         (struct sys_file){ -1, "" };
@@ -8309,6 +14448,9 @@ collabd_free(struct collabd *s)
 {
     if (s == NULL)
         return;
+    work_stop(&s->work);
+    if (s->work.wake >= 0)
+        loop_collect(s);
     for (unsigned i = 0; i < s->conns_fresh; i++) {
         struct conn *c = &s->conns[i];
         if (c->state == CONN_FREE)
@@ -8317,6 +14459,11 @@ collabd_free(struct collabd *s)
         c->flushing = false;
         conn_end(s, c);
     }
+    for (unsigned i = 0; i < s->rooms_fresh; i++)
+        if (s->rooms[i].used && s->rooms[i].kind == ROOM_DOCUMENT &&
+            s->docs[i].state == DOC_OPEN)
+            sync_finish(s, &s->rooms[i]);
+    jrnl_folder_close(&s->data);
     for (unsigned i = 0; s->receivers != NULL && i < s->cfg->receive_buffers;
          i++)
         if (s->receivers[i].wslay != NULL)
@@ -8337,20 +14484,21 @@ collabd_free(struct collabd *s)
     program_close_fd(s->www);
     program_close_fd(s->spare_fd);
     program_close_fd(s->notify_fd);
+    program_close_fd(s->work.wake);
     free(s->slab);
     free(s);
 }
 
 /* Reads the settings, and what to do. */
 static bool
-program_read(struct collabd *s, enum cfg_action *action, const char **operand)
+program_read(struct collabd *s, enum cfg_action *action, const char *operand[2])
 {
     const char *path = cfg_path(s->argc, s->argv);
     struct sys_file file = { -1, "" };
     bool good;
 
     *action = CFG_ACTION_NONE;
-    *operand = NULL;
+    operand[0] = operand[1] = NULL;
     if (path != NULL)
         file = sys_file_at(path);
     good = cfg_read(s->cfg, s->argc, s->argv, file, action, operand);
@@ -8365,12 +14513,12 @@ collabd_init(int argc, char *const argv[])
 {
     struct collabd *s = program_new(argc, argv);
     enum cfg_action action;
-    const char *operand;
+    const char *operand[2];
     bool good;
 
     if (s == NULL)
         return NULL;
-    good = program_read(s, &action, &operand);
+    good = program_read(s, &action, operand);
     if (good && action != CFG_ACTION_NONE) {
         log_say(LOG_LEVEL_ERROR, "--%s is not for an embedded server",
                 cfg_actions[action].name);
@@ -8424,8 +14572,8 @@ program_judge_again(struct collabd *s)
         bool known;
         if (c->state != CONN_OPEN || room == NULL)
             continue;
-        c->right = (uint8_t)conn_right_on(s, c, "ws/", room_name(room),
-                                          &known);
+        c->right = (uint8_t)conn_right_on(s, c, conn_room_prefix(room->kind),
+                                          room_name(room), &known);
         if (c->right < RIGHT_READ)
             conn_close(s, c, known ? CLOSE_FORBIDDEN : CLOSE_UNAUTHORIZED);
     }
@@ -8437,9 +14585,10 @@ program_reload(struct collabd *s)
     struct cfg *fresh = s->cfg_spare;
     struct tokens *tokens = s->tokens_spare;
     enum cfg_action action = CFG_ACTION_NONE;
-    const char *operand;
+    const char *operand[2];
 
-    if (!cfg_read(fresh, s->argc, s->argv, s->config_file, &action, &operand))
+    if (!cfg_read(fresh, s->argc, s->argv, s->config_file, &action,
+                  operand))
         return false;
     cfg_keep_start(fresh, s->cfg);
     if (fresh->tokens == 0)
@@ -8506,7 +14655,7 @@ static void
 check_conn(const struct collabd *s, const struct conn *c)
 {
     must(c->poll != NONE && s->poll_conn[c->poll] == c->id.slot);
-    must(s->poll[c->poll].fd == c->fd);
+    must(s->poll[c->poll].fd == (c->busy ? -1 : c->fd));
     must(c->control_at <= c->control_end &&
            c->control_end <= sizeof c->control);
     if (c->in.room != NONE)
@@ -8633,6 +14782,136 @@ program_check(struct collabd *s)
     return 0;
 }
 
+/* ----- documents from outside ----------------------------------------------------------- */
+
+/* Memory for one document without a server.  It is not short then: the limit
+ * is for those that run for long. */
+static bool
+program_take_memory(struct collabd *s)
+{
+    if (!start_memory(s, s->cfg))
+        return false;
+    s->cfg->doc_memory = UINT64_C(1) << 40;
+    s->rooms_fresh = 1;
+    return true;
+}
+
+/* Opens one document of a folder. */
+static bool
+program_open_document(struct collabd *s, const char *folder, const char *name,
+                      bool to_write)
+{
+    struct verdict v = http_judge_name(span_text(name));
+
+    if (v.status != 0) {
+        log_say(LOG_LEVEL_ERROR, "document \"%s\": %s", name, v.why);
+        return false;
+    }
+    if (jrnl_folder_open(&s->data, folder, to_write) != 0)
+        return false;
+    return doc_open(s, &s->docs[0], span_text(name)) == DOC_OPENED;
+}
+
+/* `collabd --export DIR NAME`, also beside a server that runs. */
+static int
+program_export(struct collabd *s, const char *folder, const char *name)
+{
+    const struct doc *d;
+
+    if (!program_take_memory(s) ||
+        !program_open_document(s, folder, name, false))
+        return 1;
+    d = &s->docs[0];
+    if (d->file.fd < 0) {
+        log_say(LOG_LEVEL_ERROR, "document \"%s\": there is none in %s; "
+                "--list shows what there is", name, folder);
+        return 1;
+    }
+    if (fwrite(d->now.len > 0 ? (const char *)d->now.memory.at : "\0", 1,
+               d->now.len > 0 ? d->now.len : 2, stdout) == 0 ||
+        fflush(stdout) != 0) {
+        log_say(LOG_LEVEL_ERROR, "standard output: %s", strerror(errno));
+        return 1;
+    }
+    return 0;
+}
+
+/* All of standard input.  False: logged. */
+static bool
+program_read_input(struct collabd *s, struct extent *e, size_t *len)
+{
+    ssize_t n = 1;
+
+    for (*len = 0; n > 0; *len += (size_t)(n > 0 ? n : 0)) {
+        if (*len == e->size && !extent_resize(s, e, *len * 2 + 65536)) {
+            log_say(LOG_LEVEL_ERROR, "no memory for the update");
+            return false;
+        }
+        n = sys.read(STDIN_FILENO, e->at + *len, e->size - *len);
+    }
+    if (n < 0)
+        log_say(LOG_LEVEL_ERROR, "standard input: %s", strerror(errno));
+    return n == 0;
+}
+
+/* `collabd --import DIR NAME < update`. */
+static int
+program_import(struct collabd *s, const char *folder, const char *name)
+{
+    struct extent input = { NULL, 0 }, fresh = { NULL, 0 };
+    struct y_report r;
+    struct span update;
+    struct doc *d;
+    size_t len;
+
+    if (!program_take_memory(s) || !program_read_input(s, &input, &len))
+        return 1;
+    update = span_of(input.at, len);
+    if (!y_check(update, &r)) {
+        log_say(LOG_LEVEL_ERROR, "standard input is no Yjs update: %s at byte "
+                "%zu", r.fault, r.at);
+        return 1;
+    }
+    if (!program_open_document(s, folder, name, true))
+        return 1;
+    d = &s->docs[0];
+    if (!doc_minus(s, d, update, &r, &fresh, &len)) {
+        log_say(LOG_LEVEL_ERROR, "no memory for the update");
+        return 1;
+    }
+    if (len == 0)
+        return 0; /* all of it is known */
+    s->cfg->max_doc = UINT32_MAX;
+    update = span_of(fresh.at, len);
+    must(y_check(update, &r));
+    if (!doc_ask(s, d, &r, len)) {
+        log_say(LOG_LEVEL_ERROR, "document \"%s\": it would be too large",
+                name);
+        return 1;
+    }
+    doc_append(d, update, &r);
+    if (!doc_commit(s, d))
+        return 1;
+    return jrnl_sync(&d->file) == 0 && jrnl_sync_folder(s->data.fd) == 0 ? 0
+                                                                         : 1;
+}
+
+/* `collabd --delete DIR NAME`. */
+static int
+program_delete(struct collabd *s, const char *folder, const char *name)
+{
+    struct verdict v = http_judge_name(span_text(name));
+
+    if (v.status != 0) {
+        log_say(LOG_LEVEL_ERROR, "document \"%s\": %s", name, v.why);
+        return 1;
+    }
+    return jrnl_folder_open(&s->data, folder, true) == 0 &&
+                   jrnl_delete(&s->data, span_text(name)) == 0
+               ? 0
+               : 1;
+}
+
 #ifndef COLLABD_NO_MAIN
 
 static volatile sig_atomic_t signal_stop, signal_reload;
@@ -8660,10 +14939,11 @@ program_catch_signals(sigset_t *outside)
         (void)sigaction(numbers[i], &act, NULL);
         (void)sigaddset(&ours, numbers[i]);
     }
-    (void)sigprocmask(SIG_BLOCK, &ours, outside);
+    (void)pthread_sigmask(SIG_BLOCK, &ours, outside);
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         (void)sigdelset(outside, numbers[i]);
     (void)signal(SIGPIPE, SIG_IGN);
+    (void)signal(SIGXFSZ, SIG_IGN); /* write() says EFBIG */
 }
 
 static int
@@ -8690,7 +14970,8 @@ program_run(struct collabd *s)
 }
 
 static int
-program_act(struct collabd *s, enum cfg_action action, const char *operand)
+program_act(struct collabd *s, enum cfg_action action,
+            const char *const operand[2])
 {
     switch (action) {
     case CFG_ACTION_NONE:
@@ -8705,12 +14986,22 @@ program_act(struct collabd *s, enum cfg_action action, const char *operand)
         return 0;
     case CFG_ACTION_make_cert:
 #if COLLABD_TLS
-        return cert_make(operand) == 0 ? 0 : 1;
+        return cert_make(operand[0]) == 0 ? 0 : 1;
 #else
         (void)operand;
         log_say(LOG_LEVEL_ERROR, "this collabd was built without TLS");
         return 1;
 #endif
+    case CFG_ACTION_list:
+        return jrnl_print_list(stdout, operand[0]);
+    case CFG_ACTION_fsck:
+        return jrnl_fsck(stdout, operand[0]);
+    case CFG_ACTION_export:
+        return program_export(s, operand[0], operand[1]);
+    case CFG_ACTION_import:
+        return program_import(s, operand[0], operand[1]);
+    case CFG_ACTION_delete:
+        return program_delete(s, operand[0], operand[1]);
     case CFG_ACTION_make_token:
         return program_make_token();
     case CFG_ACTION_help:
@@ -8727,12 +15018,12 @@ main(int argc, char *argv[])
 {
     struct collabd *s = program_new(argc, argv);
     enum cfg_action action;
-    const char *operand;
+    const char *operand[2];
     int status = 2;
 
     if (s == NULL)
         return 1;
-    if (program_read(s, &action, &operand))
+    if (program_read(s, &action, operand))
         status = program_act(s, action, operand);
     collabd_free(s);
     return status;

@@ -35,7 +35,7 @@
 #define COLLABD_ROOMS_CEILING 65000
 #endif
 
-/* Longest name of a channel in bytes, decoded.  Long enough for a path or a
+/* Longest name of a channel or document in bytes, decoded.  Long enough for a path or a
  * UUID with a prefix, short enough to stand in every room's slot. */
 #ifndef COLLABD_NAME_MAX
 #define COLLABD_NAME_MAX 128
@@ -99,8 +99,12 @@ enum collabd_close_code {
     COLLABD_CLOSE_TOO_BIG = 1009,
     COLLABD_CLOSE_INTERNAL = 1011,
     COLLABD_CLOSE_TRY_LATER = 1013,
+    COLLABD_CLOSE_MALFORMED = 4400,
     COLLABD_CLOSE_UNAUTHORIZED = 4401,
-    COLLABD_CLOSE_FORBIDDEN = 4403
+    COLLABD_CLOSE_FORBIDDEN = 4403,
+    COLLABD_CLOSE_NO_NAME = 4404,
+    COLLABD_CLOSE_MESSAGE_TOO_BIG = 4413,
+    COLLABD_CLOSE_CANNOT_OPEN = 4513
 };
 
 /* ----- embedding -------------------------------------------------------- */

@@ -54,7 +54,11 @@ fuzz: $(FUZZERS:%=$(BUILD)/fuzz/%) ## fuzz each parser for FUZZ_SECONDS
 # ----- bench -------------------------------------------------------------------
 
 BENCH_OUT = $(BUILD)/bench
-$(BENCH_OUT)/load: tests/bench/load.c
+$(BENCH_OUT)/load: tests/bench/load.c tests/bench/bench.h
+	@mkdir -p $(@D)
+	$(CC) -std=c11 $(WARN) -O2 $< -o $@
+
+$(BENCH_OUT)/docload: tests/bench/docload.c tests/bench/bench.h
 	@mkdir -p $(@D)
 	$(CC) -std=c11 $(WARN) -O2 $< -o $@
 
@@ -66,15 +70,17 @@ $(BENCH_OUT)/allocs.so: tests/bench/allocs.c
 	@mkdir -p $(@D)
 	$(CC) -std=c11 $(WARN) -O2 -fPIC -shared $< -o $@ -ldl
 
-bench-build: all $(BENCH_OUT)/load $(BENCH_OUT)/floor $(BENCH_OUT)/allocs.so
+bench-build: all $(BENCH_OUT)/load $(BENCH_OUT)/docload $(BENCH_OUT)/floor $(BENCH_OUT)/allocs.so
 	-$(CC) -std=c11 -O2 tests/bench/lws_relay.c -o $(BENCH_OUT)/lws_relay \
 	    $(call pc,--cflags --libs libwebsockets,-lwebsockets -lcap)
 
 bench: bench-build ## measure against the floor, libwebsockets and ws
 	tests/bench/bench.sh
+	tests/bench/docs.sh
 
 bench-quick: bench-build ## the same, in half a minute
 	tests/bench/bench.sh quick
+	tests/bench/docs.sh quick
 
 size: ## size of the stripped -Os executable, and the memory sum
 	@mkdir -p $(BUILD)/size
@@ -91,6 +97,6 @@ lint: all ## warnings as errors with gcc and clang, clang-tidy, cppcheck, papers
 	clang-tidy --quiet --warnings-as-errors='*' collabd.c -- -std=c11 2>/dev/null
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem -UCOLLABD_LOCAL --error-exitcode=1 collabd.c
-	shellcheck port/debian/deps tests/run.sh tests/bench/bench.sh .ci/run tests/lint/*.sh
+	shellcheck port/debian/deps tests/run.sh tests/bench/bench.sh tests/bench/docs.sh .ci/run tests/lint/*.sh
 	tests/lint/book.sh
 	node tests/lint/man.js

@@ -27,35 +27,19 @@
  * Out come lines `name value`.  Whatever goes wrong ends the run with one line
  * on stderr and status 1.
  *
- *    1  Words      options, errors, the clock
+ *    1  Options
  *    2  Histogram  latencies in 1920 counters
- *    3  Usage      what /proc says about the server
- *    4  Joining    connect and upgrade
- *    5  Room       frames out, frames in, who has what
- *    6  Modes      what is measured
+ *    3  Usage      what the server used
+ *    4  Room       frames out, frames in, who has what
+ *    5  Modes      what is measured
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <netinet/tcp.h>
+#include "bench.h"
 #include <signal.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/epoll.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
-/* ===== 1  Words ======================================================== */
+/* ===== 1  Options ====================================================== */
 
 /* name, default, least, greatest, help */
 #define NUMBERS(X)                                                             \
@@ -79,39 +63,6 @@ struct options {
 };
 
 _Noreturn static void
-die(const char *format, ...)
-{
-    va_list args;
-
-    fflush(stdout);
-    fputs("load: ", stderr);
-    va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fputc('\n', stderr);
-    exit(1);
-}
-
-static void *
-take(size_t count, size_t size)
-{
-    void *memory = calloc(count ? count : 1, size);
-
-    if (!memory)
-        die("out of memory");
-    return memory;
-}
-
-static uint64_t
-clock_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-_Noreturn static void
 usage(void)
 {
     fputs("usage: load fanout|everyone|stalled|handshakes|idle name=value...\n"
@@ -123,17 +74,6 @@ usage(void)
     NUMBERS(X)
 #undef X
     exit(2);
-}
-
-static int
-number(const char *word, const char *value, int least, int greatest)
-{
-    char *end;
-    long n = strtol(value, &end, 10);
-
-    if (end == value || *end || n < least || n > greatest)
-        die("%s is not within %d to %d", word, least, greatest);
-    return (int)n;
 }
 
 static struct options
@@ -199,66 +139,9 @@ histogram_us(const struct histogram *h, double part)
     return ((double)(i - shift * 32) + 0.5) * (double)(1ull << shift) / 1e3;
 }
 
-/* ===== 3  Usage ======================================================== */
-
-struct use {
-    uint64_t at_ns;         /* when */
-    uint64_t cpu_ns;        /* on a CPU so far, all threads */
-    uint64_t waited_ns;     /* ready to run, but somebody else had the CPU */
-    uint64_t sleeps;        /* voluntary context switches, all threads */
-    uint64_t rss, rss_anon; /* KiB */
-    uint64_t allocs, frees; /* as counted by allocs.so */
-};
-
-/* What follows `name` in a /proc file of lines `name number`, and the number
- * after that in *second.  The name "" stands for the first line. */
-static uint64_t
-proc_number(const char *path, const char *name, uint64_t *second)
-{
-    char line[256], *end = line;
-    size_t length = strlen(name);
-    uint64_t n = 0;
-    FILE *file = fopen(path, "r");
-
-    if (!file)
-        die("%s: %s", path, strerror(errno));
-    while (fgets(line, sizeof line, file)) {
-        if (strncmp(line, name, length) == 0) {
-            n = strtoull(line + length, &end, 10);
-            break;
-        }
-    }
-    fclose(file);
-    if (second)
-        *second = strtoull(end, NULL, 10);
-    return n;
-}
-
-static void
-use_threads(int pid, struct use *use)
-{
-    char path[512];
-    uint64_t waited;
-    struct dirent *entry;
-    DIR *dir;
-
-    snprintf(path, sizeof path, "/proc/%d/task", pid);
-    dir = opendir(path);
-    if (!dir)
-        die("%s: %s (has the server died?)", path, strerror(errno));
-    while ((entry = readdir(dir))) {
-        if (entry->d_name[0] == '.')
-            continue;
-        snprintf(path, sizeof path, "/proc/%d/task/%s/schedstat", pid,
-                 entry->d_name);
-        use->cpu_ns += proc_number(path, "", &waited);
-        use->waited_ns += waited;
-        snprintf(path, sizeof path, "/proc/%d/task/%s/status", pid,
-                 entry->d_name);
-        use->sleeps += proc_number(path, "voluntary_ctxt_switches:", NULL);
-    }
-    closedir(dir);
-}
+/* ===== 3  Usage ========================================================
+ * What bench.h knows, and what allocs.so counted.
+ * ====================================================================== */
 
 static void
 use_allocs(const char *path, struct use *use)
@@ -274,94 +157,16 @@ use_allocs(const char *path, struct use *use)
 }
 
 static struct use
-use_now(const struct options *o)
+load_use(const struct options *o)
 {
-    struct use use = {.at_ns = clock_ns()};
-    char path[64];
+    struct use use = use_now(o->pid);
 
     if (o->allocs)
         use_allocs(o->allocs, &use);
-    if (!o->pid)
-        return use;
-    use_threads(o->pid, &use);
-    snprintf(path, sizeof path, "/proc/%d/status", o->pid);
-    use.rss = proc_number(path, "VmRSS:", NULL);
-    use.rss_anon = proc_number(path, "RssAnon:", NULL);
     return use;
 }
 
-/* ===== 4  Joining ====================================================== */
-
-static void
-raise_descriptors(int wanted)
-{
-    struct rlimit limit;
-
-    if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
-        die("getrlimit: %s", strerror(errno));
-    limit.rlim_cur = limit.rlim_max;
-    if (limit.rlim_max < (rlim_t)wanted || setrlimit(RLIMIT_NOFILE, &limit) < 0)
-        die("%d descriptors needed, %llu allowed", wanted,
-            (unsigned long long)limit.rlim_max);
-}
-
-/* Reads exactly one response head: what follows it is frames. */
-static void
-await_101(int fd)
-{
-    char head[2048] = "";
-    size_t got = 0;
-
-    do {
-        ssize_t n = recv(fd, head + got, 1, 0);
-        if (n < 0)
-            die("no answer to the upgrade: %s", strerror(errno));
-        if (n == 0)
-            die("the server hung up during the upgrade");
-        if (++got == sizeof head)
-            die("the answer to the upgrade does not end");
-    } while (got < 4 || memcmp(head + got - 4, "\r\n\r\n", 4) != 0);
-
-    if (memcmp(head, "HTTP/1.1 101", 12) != 0)
-        die("upgrade refused: %.*s", (int)strcspn(head, "\r"), head);
-}
-
-/* A socket that has been answered 101.  receive_buffer 0: the system's. */
-static int
-join(const struct options *o, int receive_buffer)
-{
-    char request[512];
-    struct sockaddr_in to = {.sin_family = AF_INET,
-                             .sin_port = htons((uint16_t)o->port),
-                             .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    struct timeval patience = {.tv_sec = 5};
-    int on = 1, length, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-    if (fd < 0)
-        die("socket: %s", strerror(errno));
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (receive_buffer)
-        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer,
-                   sizeof receive_buffer);
-    if (connect(fd, (struct sockaddr *)&to, sizeof to) < 0)
-        die("connect to port %d: %s", o->port, strerror(errno));
-
-    length = snprintf(request, sizeof request,
-                      "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n"
-                      "Connection: Upgrade\r\nUpgrade: websocket\r\n"
-                      "Sec-WebSocket-Version: 13\r\n"
-                      "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-                      o->path, o->port);
-    if (length >= (int)sizeof request)
-        die("the path is too long");
-    if (send(fd, request, (size_t)length, MSG_NOSIGNAL) != length)
-        die("sending the upgrade: %s", strerror(errno));
-    await_101(fd);
-    return fd;
-}
-
-/* ===== 5  Room =========================================================
+/* ===== 4  Room =========================================================
  * Peers 0 to senders - 1 send, and all from first_member on receive.  next[]
  * says for each member and sender which message is due.
  *
@@ -644,7 +449,7 @@ room_open(const struct options *o, bool everyone)
     for (uint32_t i = 0; i < r->count; i++) {
         struct peer *p = &r->peers[i];
         size_t frames = i < r->senders ? (size_t)o->in_flight + 15 : 0;
-        p->fd = join(o, 0);
+        p->fd = join(o->port, o->path, 0);
         p->out_size = frames * ((size_t)o->size + 14) + 512;
         p->out = take(1, p->out_size);
         peer_watch(r, p, EPOLL_CTL_ADD, EPOLLIN);
@@ -685,7 +490,7 @@ room_run(struct room *r, int ms)
     }
 }
 
-/* ===== 6  Modes ======================================================== */
+/* ===== 5  Modes ======================================================== */
 
 /* Runs, measures, prints; names get the suffix. */
 static void
@@ -696,9 +501,9 @@ measure(struct room *r, const char *suffix)
 
     room_run(r, r->o->warm_ms);
     *r->latency = (struct histogram){.sum = 0};
-    a = use_now(r->o);
+    a = load_use(r->o);
     room_run(r, r->o->ms);
-    b = use_now(r->o);
+    b = load_use(r->o);
 
     seconds = (double)(b.at_ns - a.at_ns) / 1e9;
     count = (double)r->latency->sum;
@@ -735,7 +540,7 @@ stall(const struct options *o)
         return pid;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     for (;;) {
-        int fd = join(o, 4096);
+        int fd = join(o->port, o->path, 4096);
         usleep(500000);
         close(fd);
     }
@@ -815,16 +620,16 @@ run_handshakes(const struct options *o)
 static void
 run_idle(const struct options *o)
 {
-    struct use before = use_now(o), joined, after;
+    struct use before = load_use(o), joined, after;
 
     if (!o->pid)
         die("idle needs pid");
     for (int i = 0; i < o->members; i++)
-        join(o, 0);
+        join(o->port, o->path, 0);
     usleep((useconds_t)o->warm_ms * 1000);
-    joined = use_now(o);
+    joined = load_use(o);
     usleep((useconds_t)o->ms * 1000);
-    after = use_now(o);
+    after = load_use(o);
 
     printf("rss_before_kib %llu\n", (unsigned long long)before.rss);
     printf("rss_anon_before_kib %llu\n", (unsigned long long)before.rss_anon);

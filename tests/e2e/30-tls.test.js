@@ -314,17 +314,19 @@ test('TLS on the plain port is refused as bad HTTP', async () => {
     socket.destroy();
 });
 
-test('A handshake cut short at every byte does no harm', async () => {
+test('A handshake cut short at every byte does no harm', async (t) => {
+    const own = await startServer(t,
+        { tls: certificate, args: ['--max-tls', '200'] });
     const hello = await clientHello();
     for (let at = 0; at <= hello.length; at += 7) {
-        const socket = await open(bare());
+        const socket = await open(bare(own));
         await new Promise((done) => socket.write(hello.subarray(0, at), done));
         if (at % 2)
             socket.resetAndDestroy();
         else
             socket.destroy();
     }
-    await echoes(await connect(secure(), '/ws/x?echo=1'));
+    await echoes(await connect(secure(own), '/ws/x?echo=1'));
 });
 
 test('A hello byte by byte is a hello', async () => {
@@ -415,6 +417,52 @@ test('Twenty handshakes at once all succeed while a plain channel flows', { time
     await peers[0].text('all in');
     for (const peer of peers.slice(1))
         assert.equal((await peer.message()).text, 'all in');
+});
+
+test('Peers that leave in the middle of their handshakes leave nothing behind', { timeout: 60000 * SLOW }, async (t) => {
+    const own = await startServer(t,
+        { tls: certificate, args: ['--max-tls', '200'] });
+    const hello = await clientHello();
+    for (let i = 0; i < 60; i++) {
+        const socket = await open(bare(own));
+        socket.write(hello);
+        if (i % 4)
+            await setTimeout(i % 4 - 1); // at each of its steps
+        if (i % 2)
+            socket.resetAndDestroy();
+        else
+            socket.destroy();
+    }
+    await own.waitForMetric('collabd_clients', 1); // who asks
+    await own.waitForMetric('collabd_memory_used_bytes{pool="tls"}', 0);
+    await echoes(await connect(secure(own), '/ws/x?echo=1'));
+});
+
+test('Reloads during handshakes hurt none', { timeout: 60000 * SLOW }, async (t) => {
+    const own = await startServer(t, { tls: certificate,
+        args: ['--max-tls', '64', '--max-handshakes', '20'] });
+    let reloads = 0, busy = true;
+    const crowd = Promise.all(Array.from({ length: 40 }, () =>
+        connect(secure(own), '/ws/crowd'))).finally(() => (busy = false));
+    for (; busy; reloads++) {
+        own.signal('SIGHUP');
+        await setTimeout(5);
+    }
+    const peers = await crowd;
+    assert.ok(reloads > 3, `${reloads} reloads`);
+    await peers[0].text('all in');
+    for (const peer of peers.slice(1))
+        assert.equal((await peer.message()).text, 'all in');
+});
+
+test('SIGTERM during handshakes ends the server in time', { timeout: 60000 * SLOW }, async (t) => {
+    const own = await startServer(t, { tls: certificate });
+    const crowd = Promise.allSettled(Array.from({ length: 20 }, () =>
+        connect(secure(own), '/ws/crowd')));
+    await own.waitForMetric('collabd_tls_handshakes_total', (n) => n > 0);
+    own.signal('SIGTERM');
+    assert.equal((await own.gone).code, 0);
+    await crowd;
 });
 
 // ----- certificates --------------------------------------------------------

@@ -84,7 +84,7 @@ read_flags(struct cfg *c, struct span text)
 {
     char *words = calloc(1, span_len(text) + 1), *argv[42] = { "collabd" };
     enum cfg_action action = CFG_ACTION_NONE;
-    const char *operand = NULL;
+    const char *operand[2] = { NULL, NULL };
     int argc = 1;
     bool good;
 
@@ -94,7 +94,7 @@ read_flags(struct cfg *c, struct span text)
          w = strtok(NULL, "\n"))
         argv[argc++] = w;
     (void)cfg_path(argc, argv);
-    good = cfg_flags(c, argc, argv, &action, &operand);
+    good = cfg_flags(c, argc, argv, &action, operand);
     assert(action < CFG_ACTION_COUNT);
     free(words);
     return good;

@@ -87,7 +87,9 @@ fake_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *t,
     (void)t, (void)mask;
     ready_last = 0;
     for (nfds_t i = 0; i < n; i++) {
-        if (fds[i].fd < FIRST_FD)
+        if (fds[i].fd < 0)
+            fds[i].revents = 0;
+        else if (fds[i].fd < FIRST_FD)
             fds[i].revents = pending_at < pending_len ? fds[i].events & POLLIN
                                                       : 0;
         else

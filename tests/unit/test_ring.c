@@ -33,7 +33,8 @@ ring_at(uint64_t start)
     memset(bytes, 0xaa, sizeof bytes);
     return (struct ring){ .bytes = bytes, .entries = entries, .size = SIZE,
                           .tail = start, .head = start, .tail_at = start,
-                          .head_at = start, .pos = start };
+                          .head_at = start, .shown = start,
+                          .shown_at = start, .pos = start };
 }
 
 static void
@@ -43,6 +44,7 @@ put(struct ring *r, const void *frame, uint32_t len)
         ring_drop(r);
     (void)ring_new(r, len, nobody);
     ring_copy_in(r, frame, len);
+    ring_show(r, r->head);
 }
 
 /* What stands in the ring from `at` on. */
@@ -268,6 +270,7 @@ add_random(struct ring *r)
     e = ring_new(r, len, nobody);
     if (block) {
         e->kind = RING_BLOCK;
+        ring_show(r, r->head);
         return;
     }
     for (uint32_t i = 0; i < len; i++)
@@ -277,6 +280,7 @@ add_random(struct ring *r)
         ring_copy_in(r, frame + done, n);
         done += n;
     }
+    ring_show(r, r->head);
 }
 
 static void

@@ -44,13 +44,13 @@ end(void **state)
 static struct conn *
 join(const char *name, bool echo, uint64_t history)
 {
-    struct room *room = room_open(s, span_text(name));
+    struct room *room = room_open(s, ROOM_CHANNEL, span_text(name));
     struct conn *c = room == NULL ? NULL : conn_new(s);
 
     if (c == NULL)
         return NULL;
     c->state = CONN_OPEN;
-    room_join(s, room, c, echo, history);
+    room_join(s, room, c, echo, history, false);
     room_check(s, room);
     return c;
 }
@@ -77,7 +77,8 @@ static uint8_t letters[MAX_MESSAGE + 256];
 static void
 publish(struct conn *c, size_t len, unsigned from)
 {
-    room_publish(s, c, WSLAY_BINARY_FRAME, span_of(letters + from % 256, len));
+    room_publish(s, room_of(c), c, WSLAY_BINARY_FRAME, span_of(NULL, 0),
+                 span_of(letters + from % 256, len));
     room_check(s, room_of(c));
 }
 
@@ -94,7 +95,7 @@ publish_assembled(struct conn *c, size_t len, unsigned from)
         m.len += (uint32_t)n;
         done += n;
     }
-    room_publish_assembly(s, c, WSLAY_BINARY_FRAME, &m);
+    room_publish_assembly(s, room_of(c), c, WSLAY_BINARY_FRAME, &m);
     assert_int_equal(m.first, NONE32);
     room_check(s, room_of(c));
 }
@@ -140,14 +141,16 @@ a_message_reaches_all_others_once_and_its_sender_not(void **state)
                 *c = join("r", true, 0);
 
     (void)state;
-    room_publish(s, a, WSLAY_TEXT_FRAME, span_text("hello"));
+    room_publish(s, room_of(a), a, WSLAY_TEXT_FRAME, span_of(NULL, 0),
+                 span_text("hello"));
     assert_int_equal(take_all(b), 7);
     assert_memory_equal(got, "\x81\x05hello", 7);
     assert_int_equal(take_all(c), 7);
     assert_int_equal(take_all(a), 0);
     assert_int_equal(take_all(b), 0);
     assert_true(s->count.messages_in == 1 && s->count.messages_out == 2);
-    room_publish(s, c, WSLAY_BINARY_FRAME, span_text(""));
+    room_publish(s, room_of(c), c, WSLAY_BINARY_FRAME, span_of(NULL, 0),
+                 span_text(""));
     assert_int_equal(take_all(c), 2); /* asked for its echo */
     assert_memory_equal(got, "\x82\x00", 2);
     assert_int_equal(take_all(a), 2);
@@ -295,8 +298,8 @@ one_room_too_many_is_none_while_all_have_members(void **state)
     (void)state;
     assert_non_null(join("b", false, 0));
     assert_non_null(join("c", false, 0));
-    assert_null(room_open(s, span_text("d")));
-    assert_ptr_equal(room_open(s, span_text("a")), room_of(a));
+    assert_null(room_open(s, ROOM_CHANNEL, span_text("d")));
+    assert_ptr_equal(room_open(s, ROOM_CHANNEL, span_text("a")), room_of(a));
     leave(a);
     assert_non_null(join("d", false, 0));
     assert_int_equal(s->rooms_used, 3);
@@ -321,7 +324,7 @@ the_room_that_was_empty_longest_makes_place(void **state)
     assert_int_equal(take_all(a), 3);
     b = join("b", false, 9); /* in place of c, and it is new */
     assert_int_equal(take_all(b), 0);
-    assert_null(room_open(s, span_text("c")));
+    assert_null(room_open(s, ROOM_CHANNEL, span_text("c")));
 }
 
 static void
@@ -371,7 +374,7 @@ names_that_share_a_bucket_are_told_apart(void **state)
     (void)state;
     for (unsigned i = 0; found < 3; i++) {
         (void)snprintf(name[found], sizeof name[found], "n%u", i);
-        found += (room_hash(span_text(name[found])) & (s->bucket_count - 1)) ==
+        found += (room_hash(ROOM_CHANNEL, span_text(name[found])) & (s->bucket_count - 1)) ==
                  0;
     }
     for (int round = 0; round < 50; round++) {
@@ -380,7 +383,7 @@ names_that_share_a_bucket_are_told_apart(void **state)
         for (int i = 0; i < 3; i++)
             c[i] = join(name[i], false, 0);
         for (int i = 0; i < 3; i++)
-            assert_ptr_equal(room_open(s, span_text(name[i])), room_of(c[i]));
+            assert_ptr_equal(room_open(s, ROOM_CHANNEL, span_text(name[i])), room_of(c[i]));
         assert_ptr_not_equal(room_of(c[0]), room_of(c[1]));
         assert_ptr_not_equal(room_of(c[1]), room_of(c[2]));
         leave(c[gone]);
@@ -388,7 +391,7 @@ names_that_share_a_bucket_are_told_apart(void **state)
         assert_non_null(c[gone]);
         for (int i = 0; i < 3; i++)
             if (i != gone)
-                assert_ptr_equal(room_open(s, span_text(name[i])),
+                assert_ptr_equal(room_open(s, ROOM_CHANNEL, span_text(name[i])),
                                  room_of(c[i]));
         for (int i = 0; i < 3; i++)
             leave(c[(gone + (first + 1) * i) % 3]);
@@ -934,7 +937,7 @@ compare(struct room *room)
 static void
 whatever_happens_each_gets_what_was_said_to_it(void **state)
 {
-    struct room *room = room_open(s, span_text("r"));
+    struct room *room = room_open(s, ROOM_CHANNEL, span_text("r"));
     unsigned overtaken = 0;
 
     (void)state;

@@ -293,7 +293,7 @@ the_sum_is_what_show_memory_prints(void **state)
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
         static struct cfg c;
         enum cfg_action action = CFG_ACTION_NONE;
-        const char *operand = NULL, *line;
+        const char *operand[2], *line;
         char *text = NULL, *next;
         size_t len = 0;
         uint64_t sum = 0, said = 0;
@@ -302,7 +302,7 @@ the_sum_is_what_show_memory_prints(void **state)
         while (argc < 6 && flags[i][argc] != NULL)
             argc++;
         assert_true(cfg_read(&c, argc, (char **)(uintptr_t)flags[i],
-                             (struct sys_file){ -1, "" }, &action, &operand));
+                             (struct sys_file){ -1, "" }, &action, operand));
         memory_show(&c, f);
         (void)fclose(f);
         /* the last number of every line up to "sum" */
