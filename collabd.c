@@ -61,7 +61,7 @@
  *   + receive-buffers  x  wslay's context, which holds the receive buffer
  *   + 2                x  the token table, the one in use and its successor
  *   + max-tls          x  mbedTLS's buffers, and more during a handshake
- *   + 2                x  a stack, for threads of handshakes and of the disk
+ *   + 3                x  a stack, for threads of handshakes, disk and merges
  *   + the server itself
  *
  * It is touched only when used.  On top come the kernel's socket buffers, which
@@ -860,7 +860,8 @@ sys_notify(int fd, const char *state)
 
 enum work_lane {
     WORK_CRYPTO, /* handshakes: milliseconds, on a small router 100 */
-    WORK_DISK,   /* what waits for the disk, and large merges */
+    WORK_DISK,   /* what waits for the disk */
+    WORK_MERGE,  /* merges of long documents: seconds on a small router */
     WORK_LANES
 };
 
@@ -2897,6 +2898,23 @@ y_known_add_stretch(struct y_known *k, struct y_stretch s)
     k->n_islands += ahead - n;
     if (ahead)
         *island = s;
+}
+
+/* How many stretches of an update would come ahead of a gap, and how many are
+ * of clients that are not known yet. */
+static void
+y_known_news(const struct y_known *k, struct span update, uint64_t *ahead,
+             uint64_t *unknown)
+{
+    struct y_walk w = y_walk(update);
+    struct y_stretch s;
+
+    *ahead = *unknown = 0;
+    while (y_walk_stretch(&w, &s)) {
+        const struct y_known_client *c = y_known_get(k, s.client);
+        *ahead += s.from > (c == NULL ? 0 : c->next);
+        *unknown += c == NULL;
+    }
 }
 
 /* Adds what an accepted update brings; y_known_fits has said that there is
@@ -5409,7 +5427,12 @@ static const struct {
 };
 
 /* Pools that can be dry. */
-enum pool { POOL_REQUESTS = 1, POOL_RECEIVERS = 2, POOL_CHUNKS = 4 };
+enum pool {
+    POOL_REQUESTS = 1,
+    POOL_RECEIVERS = 2,
+    POOL_CHUNKS = 4,
+    POOL_DOCUMENTS = 8 /* or what else a document's member waits for */
+};
 
 /* ----- message memory ---------------------------------------------------
  * Chunks of COLLABD_CHUNK bytes in chains: a message grows by chunks while it
@@ -5631,7 +5654,8 @@ struct aware {
 enum doc_job_kind {
     DOC_JOB_SYNC,   /* the file */
     DOC_JOB_WRITE,  /* the snapshot into a new file */
-    DOC_JOB_INSTALL /* that, with what came meanwhile, in place of the old */
+    DOC_JOB_INSTALL, /* that, with what came meanwhile, in place of the old */
+    DOC_JOB_MERGE   /* snapshot and tail into the next snapshot */
 };
 
 /* What the thread has in hand for a document, one thing at a time. */
@@ -5641,7 +5665,7 @@ struct doc_job {
     bool busy;
     bool folder_dirty, keep_old;
     bool unsure; /* which of both files a power cut would leave */
-    int result;
+    int answer;
     struct jrnl_folder folder;
     struct jrnl_file file;  /* a copy, to be synced */
     struct jrnl_file fresh; /* in the making */
@@ -5650,6 +5674,12 @@ struct doc_job {
     size_t mark;            /* of the tail, that the sync covers */
     uint64_t base;          /* bytes of the new file behind which the log is */
     uint64_t entry;         /* of the room's ring, where the sync began */
+    struct y_store store;   /* to be merged: the snapshot, pinned, and a copy */
+    struct extent bench;    /* of the tail, in `buffer`; where it is done */
+    struct y_result merged; /* of that */
+    struct extent result;   /* the next snapshot, made by the thread, */
+    uint64_t promised;      /* and what was counted for it beforehand */
+    enum y_gc gc;
 };
 
 struct doc {
@@ -5657,6 +5687,8 @@ struct doc {
     struct snapshot now, before; /* before: superseded, but still pinned */
     struct extent tail;
     size_t tail_len, written, shown;
+    uint64_t merged_entry; /* of the room's ring: the snapshot has all before */
+    uint32_t merges;       /* so far */
     struct y_known known;
     struct extent known_memory;
     uint64_t structs, ranges, clients;
@@ -5700,6 +5732,8 @@ struct sync {
     bool refused;           /* it was told, and is to be asked again */
     bool ask;               /* a SyncStep1 is to be sent, */
     bool greet;             /* and all awareness */
+    uint32_t patience;      /* for its first answer it waits until the document
+                               was merged so often; 0: it did not ask yet */
     uint8_t strange;        /* messages of unknown types */
     uint8_t messages;       /* from it: 0, 1, 2 or more */
     uint64_t itself;        /* the id that it began with */
@@ -6068,8 +6102,7 @@ memory_libraries(const struct cfg *c)
     if (c->tls_listen.count > 0)
         sum += c->max_tls * MEMORY_TLS_IDLE +
                c->max_handshakes * MEMORY_TLS_HANDSHAKE + WORK_STACK;
-    if (c->data != 0)
-        sum += WORK_STACK;
+    sum += (c->data != 0 ? 2 : 1) * WORK_STACK; /* merges, and the disk */
     return sum;
 }
 
@@ -7504,6 +7537,9 @@ access_why_host(struct span host, char *why, size_t size)
 #define DOC_SYNC_MAX_MS 60000    /* ... with --write-budget */
 #define DOC_CLIENTS_MAX 100000   /* ids that have ever written in it */
 #define DOC_GAPS_MAX 4096        /* what came ahead of something missing */
+#define DOC_LONG (1u << 20)      /* merged beside the turn */
+#define DOC_GROW 65536           /* of the tail, while a file is read */
+#define DOC_WINDOW (128u << 10)  /* to read a file through; longer if need be */
 #define DOC_PIECE 65536          /* of a snapshot, in a record */
 #define AWARE_MAX (1u << 20)     /* bytes of awareness, of a document */
 #define AWARE_IDS_MAX 32         /* that one connection speaks for */
@@ -7591,7 +7627,7 @@ static const enum y_gc doc_gc[] = { Y_GC_AUTO, Y_GC_FULL, Y_GC_OFF };
 #define DOC_CUTS 82
 
 /* What merging a document takes at most, besides what it has: room to work
- * and for the new snapshot. */
+ * and for the new snapshot; and what opening it takes more. */
 static uint64_t
 doc_cost(const struct collabd *s, const struct doc *d, uint64_t structs,
          uint64_t ranges, uint64_t clients, uint64_t bytes)
@@ -7601,7 +7637,8 @@ doc_cost(const struct collabd *s, const struct doc *d, uint64_t structs,
     return extent_round(y_work_size(d->structs + structs, d->ranges + ranges,
                                     d->clients + clients)) +
            extent_round(d->now.len + d->tail_len + bytes + cuts * DOC_CUTS +
-                        4096);
+                        4096) +
+           (s->data.fd >= 0 ? DOC_WINDOW + 2 * DOC_GROW : 0);
 }
 
 /* Holds back `cost`.  False: there is not so much. */
@@ -7715,11 +7752,13 @@ doc_cut_tail(struct doc *d, size_t merged, const struct y_result *result)
     struct span run, update;
     struct y_report r;
 
+    must(merged <= d->shown);
     memmove(d->tail.at, d->tail.at + merged, rest);
     d->tail_len = rest;
     d->written -= merged;
-    d->shown = 0;
-    d->job.mark = d->job.mark > merged ? d->job.mark - merged : 0;
+    d->shown -= merged;
+    if (d->job.kind == DOC_JOB_SYNC)
+        d->job.mark = d->job.mark > merged ? d->job.mark - merged : 0;
     d->structs = result->structs;
     d->ranges = result->ranges;
     d->clients = result->clients;
@@ -7731,9 +7770,40 @@ doc_cut_tail(struct doc *d, size_t merged, const struct y_result *result)
     }
 }
 
-/* Merges what members may see of the tail into a new snapshot.  Members that
- * are being sent the old one keep it pinned; there is at most one such.
- * False: not now. */
+/* Puts a new snapshot in the place of the old one.  Members that are being sent
+ * that keep it pinned; there is at most one such. */
+static void
+doc_swap_snapshot(struct collabd *s, struct doc *d, struct extent fresh,
+                  const struct y_result *result, size_t merged)
+{
+    if (d->now.pins > 0)
+        d->before = d->now;
+    else
+        snapshot_give(s, &d->now);
+    d->now = (struct snapshot){ .memory = fresh, .len = result->bytes,
+                                .deletes_at = result->deletes_at };
+    doc_cut_tail(d, merged, result);
+    if (d->tail_len == 0)
+        extent_give(s, &d->tail);
+    else
+        (void)extent_resize(s, &d->tail, d->tail_len);
+    doc_hold_less(s);
+    s->count.doc_merges++;
+    d->merges++;
+}
+
+/* May what members see of the tail become part of a new snapshot now?  Not
+ * while the old one is being written to a file, or merged. */
+static bool
+doc_may_merge(const struct doc *d)
+{
+    return d->before.memory.at == NULL &&
+           !(d->job.busy && (d->job.kind == DOC_JOB_WRITE ||
+                             d->job.kind == DOC_JOB_MERGE));
+}
+
+/* Merges what members may see of the tail into a new snapshot.  False: not
+ * now. */
 static bool
 doc_merge(struct collabd *s, struct doc *d)
 {
@@ -7746,10 +7816,8 @@ doc_merge(struct collabd *s, struct doc *d)
 
     if (merged == 0)
         return true;
-    if (d->before.memory.at != NULL ||
-        (d->job.busy && d->job.kind == DOC_JOB_WRITE))
-        return false;
-    if (!extent_take(s, &work, y_work_size(d->structs, d->ranges, d->clients),
+    if (!doc_may_merge(d) ||
+        !extent_take(s, &work, y_work_size(d->structs, d->ranges, d->clients),
                      true))
         return false;
     if (y_merge(&store, doc_gc[s->cfg->gc],
@@ -7762,20 +7830,18 @@ doc_merge(struct collabd *s, struct doc *d)
     y_write(&result, &o);
     must(!o.full && o.at == fresh.at + result.bytes);
     extent_give(s, &work);
-    if (d->now.pins > 0)
-        d->before = d->now;
-    else
-        snapshot_give(s, &d->now);
-    d->now = (struct snapshot){ .memory = fresh, .len = result.bytes,
-                                .deletes_at = result.deletes_at };
-    doc_cut_tail(d, merged, &result);
-    (void)extent_resize(s, &d->tail, d->tail_len);
-    doc_hold_less(s);
-    s->count.doc_merges++;
+    doc_swap_snapshot(s, d, fresh, &result, merged);
     began = sys_now_us() - began;
     if (began > s->count.doc_merge_us_max)
         s->count.doc_merge_us_max = began;
     return true;
+}
+
+/* So long that a merge would hold up the turn: a thread does it. */
+static bool
+doc_is_long(const struct doc *d)
+{
+    return d->now.len + d->shown > DOC_LONG;
 }
 
 /* Is the tail long enough to be merged? */
@@ -7789,19 +7855,21 @@ doc_wants_merge(const struct doc *d)
 
 /* May a document grow by an update?  NULL: yes; else what forbids it. */
 static const char *
-doc_limit(const struct collabd *s, const struct doc *d,
-          const struct y_report *r, size_t len)
+doc_limit(const struct collabd *s, const struct doc *d, struct span update,
+          const struct y_report *r)
 {
     uint64_t most = s->cfg->max_doc > 0 ? s->cfg->max_doc
                                         : s->cfg->doc_memory / 4;
+    uint64_t ahead, unknown;
 
     if (r->structs == 0)
         most += most / 8; /* deletions make room */
-    if (d->now.len + d->tail_len + len + 8 > most)
+    if (d->now.len + d->tail_len + span_len(update) + 8 > most)
         return "the document is full (--max-doc)";
-    if (d->known.used + r->clients > DOC_CLIENTS_MAX)
+    y_known_news(&d->known, update, &ahead, &unknown);
+    if (unknown > 0 && d->known.used + unknown > DOC_CLIENTS_MAX)
         return "too many clients have written in the document";
-    if (d->known.n_islands + r->stretches > DOC_GAPS_MAX + r->clients)
+    if (ahead > 0 && d->known.n_islands + ahead > DOC_GAPS_MAX)
         return "the document has too many gaps";
     return NULL;
 }
@@ -7821,7 +7889,7 @@ doc_ask(struct collabd *s, struct doc *d, const struct y_report *r, size_t len)
         return false;
     if (doc_grow_known(s, d, r->clients, r->stretches) &&
         doc_hold_back(s, doc_cost(s, d, r->structs, r->ranges, r->clients,
-                                  len)))
+                                  len + 8)))
         return true;
     if (had > 0)
         (void)extent_resize(s, &d->tail, had);
@@ -8038,8 +8106,7 @@ doc_take_old(struct collabd *s, struct doc *d, struct span update)
         return true;
     }
     if (d->tail_len + span_len(update) + 8 > d->tail.size &&
-        !extent_resize(s, &d->tail,
-                       (d->tail_len + span_len(update)) / 2 * 3 + 65536))
+        !extent_resize(s, &d->tail, d->tail_len + span_len(update) + DOC_GROW))
         return false;
     o = out_over(d->tail.at + d->tail_len, d->tail.size - d->tail_len);
     out_uint(&o, span_len(update));
@@ -8052,7 +8119,7 @@ doc_take_old(struct collabd *s, struct doc *d, struct span update)
     return true;
 }
 
-enum doc_opened { DOC_OPENED, DOC_UNREADABLE, DOC_NO_MEMORY };
+enum doc_opened { DOC_OPENED, DOC_UNREADABLE, DOC_NO_MEMORY, DOC_LONG_RECORD };
 
 /* Takes all records of a file: first the snapshot's pieces together, then the
  * log, merged whenever the tail has become long. */
@@ -8066,6 +8133,8 @@ doc_read_file(struct collabd *s, struct doc *d, struct jrnl_reader *r)
     while ((found = jrnl_next(r, &rec)) > JRNL_END) {
         if (found == JRNL_DAMAGE)
             continue;
+        if (rec.payload.at == NULL)
+            return DOC_LONG_RECORD;
         if (rec.kind == JRNL_UPDATES) {
             if ((d->log_bytes == 0 || doc_wants_merge(d)) && !doc_merge(s, d))
                 return DOC_NO_MEMORY;
@@ -8081,23 +8150,27 @@ doc_read_file(struct collabd *s, struct doc *d, struct jrnl_reader *r)
     return doc_merge(s, d) ? DOC_OPENED : DOC_NO_MEMORY;
 }
 
-/* Reads a document's file into a snapshot. */
+/* Reads a document's file into a snapshot, through a window of that size. */
 static enum doc_opened
-doc_load(struct collabd *s, struct doc *d)
+doc_load(struct collabd *s, struct doc *d, uint64_t window)
 {
-    struct extent raw = { NULL, 0 };
+    struct extent lent = { NULL, 0 };
     enum doc_opened how = DOC_UNREADABLE;
     struct jrnl_reader r;
 
-    if (!extent_take(s, &raw, d->file.end + JRNL_LENT_MIN, true))
+    if (window > d->file.end)
+        window = d->file.end;
+    if (!extent_take(s, &lent, window + JRNL_LENT_MIN, true))
         return DOC_NO_MEMORY;
-    if (jrnl_read(&r, &d->file, raw.at, raw.size) == 0)
+    if (jrnl_read(&r, &d->file, lent.at, lent.size) == 0)
         how = doc_read_file(s, d, &r);
-    extent_give(s, &raw);
+    extent_give(s, &lent);
     if (how != DOC_OPENED)
         return how;
     (void)jrnl_resume(&d->file, &r);
     d->aside |= d->file.damaged;
+    if (r.size == 0)
+        jrnl_close(&d->file); /* a crash left it empty: as if there were none */
     return doc_recount(s, d, true) &&
                    doc_hold_back(s, doc_cost(s, d, 0, 0, 0, 0))
                ? DOC_OPENED
@@ -8118,15 +8191,11 @@ doc_close(struct collabd *s, struct doc *d)
     doc_hold_less(s);
 }
 
-/* Opens a document, from its file if it has one.  The name is borrowed as long
- * as it is open. */
+/* Opens a document's file and what is in it. */
 static enum doc_opened
-doc_open(struct collabd *s, struct doc *d, struct span name)
+doc_open_file(struct collabd *s, struct doc *d, struct span name,
+              uint64_t window)
 {
-    uint64_t began = sys_now_us();
-    enum doc_opened how = DOC_OPENED;
-
-    must(d->state == DOC_CLOSED);
     *d = (struct doc){ .state = DOC_OPEN, .file = JRNL_CLOSED,
                        .job.fresh = JRNL_CLOSED, .edited_ms = now_ms };
     d->file.name = name;
@@ -8134,11 +8203,27 @@ doc_open(struct collabd *s, struct doc *d, struct span name)
     if (s->data.fd >= 0 &&
         jrnl_open(&s->data, name, s->data.lock >= 0, &d->file) != 0 &&
         errno != ENOENT)
-        how = DOC_UNREADABLE;
-    else if (!doc_grow_known(s, d, 1, 1))
-        how = DOC_NO_MEMORY;
-    else if (d->file.fd >= 0)
-        how = doc_load(s, d);
+        return DOC_UNREADABLE;
+    if (!doc_grow_known(s, d, 1, 1))
+        return DOC_NO_MEMORY;
+    return d->file.fd >= 0 ? doc_load(s, d, window) : DOC_OPENED;
+}
+
+/* Opens a document, from its file if it has one.  The name is borrowed as long
+ * as it is open. */
+static enum doc_opened
+doc_open(struct collabd *s, struct doc *d, struct span name)
+{
+    uint64_t began = sys_now_us(), window = DOC_WINDOW;
+    enum doc_opened how;
+
+    must(d->state == DOC_CLOSED);
+    how = doc_open_file(s, d, name, window);
+    while (how == DOC_LONG_RECORD) {
+        doc_close(s, d);
+        window *= 8;
+        how = doc_open_file(s, d, name, window);
+    }
     if (how == DOC_NO_MEMORY)
         log_say(LOG_LEVEL_WARNING, "document %.*s: to open it takes more "
                 "memory than there is; raise --doc-memory",
@@ -8249,8 +8334,10 @@ doc_take_back(struct collabd *s, struct doc *d)
     if (d->tail_len - d->shown > d->wanted_len)
         d->wanted_len = d->tail_len - d->shown;
     d->tail_len = d->written = d->shown;
-    d->job.mark = 0;  /* a sync in flight shows nothing any more */
-    d->job.entry = 0;
+    if (d->job.kind == DOC_JOB_SYNC) { /* one in flight shows nothing more */
+        d->job.mark = 0;
+        d->job.entry = 0;
+    }
     must(doc_recount(s, d, false));
     d->retry_ms = now_ms + DOC_RETRY_MS;
 }
@@ -8310,6 +8397,32 @@ doc_write_pieces(struct doc_job *j)
     return jrnl_sync(&j->fresh);
 }
 
+/* Makes the next snapshot.  The turn has counted memory for it, but how much it
+ * takes is known only now. */
+static int
+doc_merge_beside(struct doc_job *j)
+{
+    size_t size;
+    struct out o;
+    void *at;
+
+    if (y_merge(&j->store, j->gc, (struct y_work){ j->bench.at, j->bench.size },
+                &j->merged) != Y_OK)
+        return -1;
+    size = (size_t)extent_round(j->merged.bytes);
+    at = size > j->promised
+             ? MAP_FAILED
+             : sys.mmap(NULL, size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED)
+        return -1;
+    j->result = (struct extent){ at, size };
+    o = out_over(at, j->merged.bytes);
+    y_write(&j->merged, &o);
+    must(!o.full);
+    return 0;
+}
+
 static void
 doc_job_run(struct work *w)
 {
@@ -8317,18 +8430,21 @@ doc_job_run(struct work *w)
 
     switch (j->kind) {
     case DOC_JOB_SYNC:
-        j->result = jrnl_sync(&j->file);
-        if (j->result == 0 && j->folder_dirty)
-            j->result = jrnl_sync_folder(j->folder.fd);
+        j->answer = jrnl_sync(&j->file);
+        if (j->answer == 0 && j->folder_dirty)
+            j->answer = jrnl_sync_folder(j->folder.fd);
+        break;
+    case DOC_JOB_MERGE:
+        j->answer = doc_merge_beside(j);
         break;
     case DOC_JOB_WRITE:
-        j->result = doc_write_pieces(j);
+        j->answer = doc_write_pieces(j);
         break;
     case DOC_JOB_INSTALL:
-        j->result = jrnl_sync(&j->fresh);
-        j->unsure = j->result == 0;
+        j->answer = jrnl_sync(&j->fresh);
+        j->unsure = j->answer == 0;
         if (j->unsure)
-            j->result = jrnl_install(&j->folder, &j->fresh, j->keep_old);
+            j->answer = jrnl_install(&j->folder, &j->fresh, j->keep_old);
         break;
     }
 }
@@ -8346,10 +8462,65 @@ doc_post(struct collabd *s, struct doc *d, enum doc_job_kind kind,
     j->folder = s->data;
     j->work.run = doc_job_run;
     j->work.done = done;
-    if (!work_post(&s->work, WORK_DISK, &j->work)) {
+    if (!work_post(&s->work, kind == DOC_JOB_MERGE ? WORK_MERGE : WORK_DISK,
+                   &j->work)) {
         doc_job_run(&j->work);
         done(s, &j->work);
     }
+}
+
+/* Begins to merge beside the turn; the thread gets a copy of the tail, as that
+ * may grow and move meanwhile.  False: not now. */
+static bool
+doc_merge_begin(struct collabd *s, struct doc *d,
+                void (*done)(struct collabd *, struct work *))
+{
+    struct doc_job *j = &d->job;
+    uint64_t most;
+
+    if (d->shown == 0)
+        return true;
+    if (j->busy || !doc_may_merge(d) ||
+        !extent_take(s, &j->bench, y_work_size(d->structs, d->ranges,
+                                              d->clients), true))
+        return false;
+    most = doc_cost(s, d, 0, 0, 0, 0) - j->bench.size;
+    if (!extent_take(s, &j->buffer, d->shown, true) ||
+        most > s->cfg->doc_memory - s->doc_used) {
+        extent_give(s, &j->buffer);
+        extent_give(s, &j->bench);
+        return false;
+    }
+    memcpy(j->buffer.at, d->tail.at, d->shown);
+    j->promised = most;
+    s->doc_used += most;
+    j->mark = d->shown;
+    j->store = doc_store(d, d->shown);
+    j->store.tail = span_of(j->buffer.at, d->shown);
+    j->gc = doc_gc[s->cfg->gc];
+    d->now.pins++;
+    doc_post(s, d, DOC_JOB_MERGE, done);
+    return true;
+}
+
+static void
+doc_merge_end(struct collabd *s, struct doc *d)
+{
+    struct doc_job *j = &d->job;
+    struct extent fresh = j->result;
+    size_t merged = j->mark;
+
+    extent_give(s, &j->buffer);
+    extent_give(s, &j->bench);
+    s->doc_used -= j->promised;
+    j->mark = 0;
+    d->now.pins--;
+    j->result = (struct extent){ NULL, 0 };
+    if (j->answer != 0)
+        return;
+    s->doc_used += fresh.size;
+    doc_swap_snapshot(s, d, fresh, &j->merged, merged);
+    d->merged_entry = j->entry;
 }
 
 /* Is the file to be written anew? */
@@ -8376,7 +8547,7 @@ doc_compact(struct collabd *s, struct doc *d,
     struct y_pieces pieces;
     size_t most = 0, len;
 
-    if (j->busy || !doc_merge(s, d))
+    if (j->busy || (!doc_is_long(d) && !doc_merge(s, d)))
         return false;
     pieces = y_pieces(span_of(d->now.memory.at, d->now.len), DOC_PIECE, false);
     for (; (len = y_pieces_next(&pieces, NULL)) > 0;)
@@ -8444,20 +8615,23 @@ doc_job_done(struct collabd *s, struct doc *d,
     switch (j->kind) {
     case DOC_JOB_SYNC:
         s->count.journal_syncs++;
-        jrnl_synced(&d->file, j->file.end, j->result);
-        if (j->result != 0)
+        jrnl_synced(&d->file, j->file.end, j->answer);
+        if (j->answer != 0)
             return false;
         d->folder_dirty &= !j->folder_dirty;
         d->shown = j->mark > d->shown ? j->mark : d->shown;
         if (d->written > d->shown && d->sync_at == 0)
             d->sync_at = now_ms; /* --fsync always: more has come */
         return true;
+    case DOC_JOB_MERGE:
+        doc_merge_end(s, d);
+        return true;
     case DOC_JOB_WRITE:
         extent_give(s, &j->buffer);
         d->now.pins--;
         s->count.journal_bytes += j->fresh.end;
         j->base = j->fresh.end;
-        if (j->result != 0 ||
+        if (j->answer != 0 ||
             !doc_write(s, &j->fresh, d, 0, d->written)) {
             doc_drop_fresh(s, d);
             return true;
@@ -8465,7 +8639,7 @@ doc_job_done(struct collabd *s, struct doc *d,
         doc_post(s, d, DOC_JOB_INSTALL, done);
         return true;
     case DOC_JOB_INSTALL:
-        if (j->result != 0) {
+        if (j->answer != 0) {
             d->file.broken |= j->unsure;
             doc_drop_fresh(s, d);
             return true;
@@ -8475,6 +8649,74 @@ doc_job_done(struct collabd *s, struct doc *d,
         return true;
     }
     return true;
+}
+
+/* ----- invariants -------------------------------------------------------------------- */
+
+/* Is that known, and as one stretch? */
+static bool
+doc_knows(const struct doc *d, struct y_stretch s)
+{
+    const struct y_known_client *c = y_known_get(&d->known, s.client);
+    size_t i = y_known_island(&d->known, s.client, s.to);
+
+    if (c == NULL || s.to > c->end)
+        return false;
+    return s.to <= c->next || (i < d->known.n_islands &&
+                               d->known.islands[i].client == s.client &&
+                               d->known.islands[i].from <= s.from);
+}
+
+/* Units of clients that are known: nothing in a document is there twice. */
+static uint64_t
+doc_known_units(const struct doc *d)
+{
+    uint64_t units = 0;
+
+    for (size_t i = 0; i < d->known.slots; i++)
+        units += d->known.at[i].next;
+    for (size_t i = 0; i < d->known.n_islands; i++)
+        units += d->known.islands[i].to - d->known.islands[i].from;
+    return units;
+}
+
+static void
+doc_check(const struct collabd *s, const struct doc *d)
+{
+    struct span run = span_of(d->tail.at, d->tail_len);
+    struct span update = span_of(d->now.memory.at, d->now.len);
+    uint64_t structs = 0, ranges = 0, clients = 0, units = 0;
+    struct y_report r;
+    bool more = !span_is_empty(update) || y_run_next(&run, &update);
+
+    must(d->shown <= d->written && d->written <= d->tail_len);
+    must(d->tail_len <= d->tail.size && d->now.len <= d->now.memory.size);
+    must((d->before.memory.at != NULL) == (d->before.pins > 0));
+    must(d->job.busy ||
+         (d->job.buffer.at == NULL && d->job.bench.at == NULL));
+    must(d->tail_len == 0 || doc_cost(s, d, 0, 0, 0, 0) <= s->doc_reserve);
+    for (; more; more = y_run_next(&run, &update)) {
+        struct y_walk w = y_walk(update);
+        struct y_stretch stretch;
+        must(y_check(update, &r));
+        structs += r.structs;
+        ranges += r.ranges;
+        clients += r.clients;
+        for (; y_walk_stretch(&w, &stretch); units += stretch.to - stretch.from)
+            must(doc_knows(d, stretch));
+    }
+    must(span_is_empty(run) && units == doc_known_units(d));
+    must(structs == d->structs && ranges == d->ranges && clients == d->clients);
+}
+
+/* Bytes of all it has in memory. */
+static uint64_t
+doc_extents(const struct doc *d)
+{
+    return d->now.memory.size + d->before.memory.size + d->tail.size +
+           d->known_memory.size + d->aware.size + d->job.buffer.size +
+           d->job.bench.size +
+           (d->job.busy && d->job.kind == DOC_JOB_MERGE ? d->job.promised : 0);
 }
 /* ===== 15  Rooms ===========================================================
  * Who shares what, and the fan-out: publish once, read by cursor.
@@ -8743,16 +8985,27 @@ room_join(struct collabd *s, struct room *room, struct conn *c, bool echo,
     room->count++;
 }
 
-/* Lets a member in whose first sync holds all before that entry.  False: the
- * ring no longer has what followed, or as a block that did not count it. */
+/* Lets a member in whose first sync holds all before that entry; from now on it
+ * counts for the blocks ahead.  False: the ring no longer has all that
+ * followed. */
 static bool
 room_let_in(struct collabd *s, struct room *room, struct conn *c,
             uint64_t entry)
 {
     must(c->in.outside);
-    if (entry < room->ring.tail || entry < room->blocks_until)
+    if (entry < room->ring.tail)
         return false;
+    for (uint64_t i = entry; i < room->blocks_until; i++) {
+        const struct entry *e = ring_entry(&room->ring, i);
+        if (e->kind == RING_BLOCK && e->block == NONE32 && !room_is_own(e, c))
+            return false;
+    }
     room_enter(s, room, c, entry);
+    for (uint64_t i = entry; i < room->blocks_until; i++) {
+        struct entry *e = ring_entry(&room->ring, i);
+        e->refs = (uint16_t)(e->refs + (e->kind == RING_BLOCK &&
+                                        !room_is_own(e, c)));
+    }
     room->outside--;
     return true;
 }
@@ -9212,6 +9465,7 @@ room_check(const struct collabd *s, const struct room *room)
 #define SYNC_WHOLE_MAX (4u << 20) /* a longer message may outlast a client's
                                      watchdog: it comes in pieces */
 #define SYNC_PIECE (1u << 20)
+#define SYNC_PATIENCE 2        /* merges a joiner of a long document waits for */
 #define SYNC_STRANGE_MAX 100   /* messages of unknown types */
 
 enum sync_type { SYNC_SYNC, SYNC_AWARENESS, SYNC_AUTH, SYNC_QUERY };
@@ -9487,6 +9741,23 @@ sync_gather(const struct collabd *s, const struct conn *c,
     return n;
 }
 
+/* A member gets all that is known now.  If that is so long that the ring may
+ * not wait, remembers what that is. */
+static void
+sync_keep_sv(struct collabd *s, struct conn *c, size_t answer)
+{
+    struct sync *y = sync_of(s, c);
+    struct doc *d = sync_doc(s, c);
+    size_t len = y_known_write_sv(&d->known, NULL);
+    struct out o;
+
+    y->sv_len = 0;
+    if (answer < SYNC_KEEP_SV || !extent_take(s, &y->sv, len, false))
+        return;
+    o = out_over(y->sv.at, len);
+    y->sv_len = y_known_write_sv(&d->known, &o);
+}
+
 /* The first sync has left: into the ring, or first what came meanwhile. */
 static void
 sync_let_in(struct collabd *s, struct conn *c)
@@ -9505,6 +9776,10 @@ sync_let_in(struct collabd *s, struct conn *c)
         extent_give(s, &y->sv);
         return;
     }
+    if (room->ring.shown < room->ring.head) {
+        y->first = true; /* not before what is under way can be part of it */
+        return;
+    }
     if (span_is_empty(sv))
         sv = span_of("", 1); /* of nothing */
     if (!doc_diff(s, d, sv, &fresh, &len)) {
@@ -9516,7 +9791,25 @@ sync_let_in(struct collabd *s, struct conn *c)
     y->memory = fresh;
     y->first = true;
     y->entry = room->ring.shown;
+    extent_give(s, &y->sv);
+    sync_keep_sv(s, c, len);
     sync_put_large(y, span_of(prefix, sizeof prefix), span_of(fresh.at, len));
+}
+
+/* Goes on with what waited while there was no block to be sent. */
+static void
+sync_go_on(struct collabd *s, struct conn *c)
+{
+    struct sync *y = sync_of(s, c);
+
+    if (y->head_len > 0)
+        return;
+    if (y->joining) {
+        sync_put_piece(s, c);
+    } else if (y->first) {
+        y->first = false;
+        sync_let_in(s, c);
+    }
 }
 
 /* So many bytes were taken. */
@@ -9640,6 +9933,48 @@ sync_commit(struct collabd *s, struct room *room)
         ring_show(&room->ring, room->ring.head);
 }
 
+/* A job of the thread has come back. */
+static void
+sync_job_done(struct collabd *s, struct work *w)
+{
+    struct doc *d = (struct doc *)(void *)((uint8_t *)w -
+                                           offsetof(struct doc, job));
+    struct room *room = &s->rooms[d - s->docs];
+    enum doc_job_kind kind = d->job.kind;
+
+    if (!doc_job_done(s, d, sync_job_done))
+        sync_take_back(s, room);
+    else if (kind == DOC_JOB_SYNC)
+        ring_show(&room->ring, d->job.entry);
+    room_mark_dirty(s, room);
+}
+
+/* Merges what members see into the snapshot, or has the thread do it. */
+static void
+sync_merge(struct collabd *s, struct room *room)
+{
+    struct doc *d = room_doc(s, room);
+
+    if (doc_is_long(d)) {
+        if (d->job.busy || d->shown == 0)
+            return;
+        d->job.entry = room->ring.shown;
+        if (doc_merge_begin(s, d, sync_job_done))
+            return; /* else memory is so short that it is to be done here */
+    }
+    if (doc_merge(s, d))
+        d->merged_entry = room->ring.shown;
+}
+
+/* Has the ring all that came since the snapshot was made? */
+static bool
+sync_snapshot_is_fresh(const struct collabd *s, const struct room *room)
+{
+    const struct doc *d = room_doc(s, room);
+
+    return d->merged_entry >= room->ring.tail;
+}
+
 /* ----- joining and leaving -------------------------------------------------------- */
 
 /* The first frames to a new member.  A reader is not asked for what it has. */
@@ -9697,6 +10032,8 @@ sync_step1(struct collabd *s, struct conn *c, struct span sv)
     struct room *room = sync_room(s, c);
     struct doc *d = sync_doc(s, c);
     const char *fault;
+    uint64_t entry;
+    bool whole;
     size_t len;
 
     if (!y_sv_check(sv, &fault))
@@ -9705,11 +10042,23 @@ sync_step1(struct collabd *s, struct conn *c, struct span sv)
     if (!sync_is_free(y))
         return sync_wait;
     extent_give(s, &y->sv);
-    if (span_len(sv) == 1 && doc_merge(s, d)) {
+    whole = span_len(sv) == 1;
+    entry = room->ring.shown;
+    if (whole && y->patience == 0)
+        y->patience = d->merges + SYNC_PATIENCE;
+    if (whole && (d->merges < y->patience || !sync_snapshot_is_fresh(s, room)))
+        sync_merge(s, room);
+    if (whole && d->merges < y->patience && d->job.busy &&
+        d->job.kind == DOC_JOB_MERGE)
+        return sync_wait; /* others type on; in the end the ring has that */
+    if (whole && sync_snapshot_is_fresh(s, room)) {
+        entry = d->merged_entry;
         y->pins = d->now.len > 0;
         d->now.pins += y->pins;
         sync_put_answer(s, c, y->pins ? span_of(d->now.memory.at, d->now.len)
                                       : span_of("\0", 2));
+    } else if (whole && d->job.busy && d->job.kind == DOC_JOB_MERGE) {
+        return sync_wait;
     } else if (doc_diff(s, d, sv, &y->memory, &len)) {
         sync_put_answer(s, c, span_of(y->memory.at, len));
     } else {
@@ -9718,28 +10067,40 @@ sync_step1(struct collabd *s, struct conn *c, struct span sv)
     if (!c->in.outside)
         return sync_fine;
     y->first = true;
-    y->entry = room->ring.shown;
-    len = y_known_write_sv(&d->known, NULL);
-    if ((y->joining || span_len(y->body) > SYNC_KEEP_SV) && d->shown == d->tail_len &&
-        extent_take(s, &y->sv, len, false)) {
-        struct out o = out_over(y->sv.at, len);
-        y->sv_len = y_known_write_sv(&d->known, &o);
-    }
+    y->entry = entry;
+    if (d->tail_len == 0)
+        sync_keep_sv(s, c, y->joining ? SYNC_WHOLE_MAX : span_len(y->body));
     return sync_fine;
 }
 
 /* Sees to it that there is room for an update; documents that nobody is in make
  * way.  NULL: there is; else what is full. */
 static const char *
-sync_make_room(struct collabd *s, struct doc *d, const struct y_report *r,
-               size_t len)
+sync_make_room(struct collabd *s, struct doc *d, struct span update,
+               const struct y_report *r)
 {
-    const char *full = doc_limit(s, d, r, len);
+    const char *full = doc_limit(s, d, update, r);
 
-    while (full == NULL && !doc_ask(s, d, r, len))
+    while (full == NULL && !doc_ask(s, d, r, span_len(update)))
         if (!room_close_oldest(s, true))
             full = "memory for documents is full (--doc-memory)";
     return full;
+}
+
+/* Is there room by now for what was refused last? */
+static bool
+sync_has_room(struct collabd *s, struct doc *d)
+{
+    uint64_t most = s->cfg->max_doc > 0 ? s->cfg->max_doc
+                                        : s->cfg->doc_memory / 4;
+
+    if (d->now.len + d->tail_len + d->wanted_len + 8 > most ||
+        d->known.n_islands >= DOC_GAPS_MAX)
+        return false;
+    while (!doc_ask(s, d, &d->wanted, d->wanted_len))
+        if (!room_close_oldest(s, true))
+            return false;
+    return true;
 }
 
 /* Takes an update that is all new into the document and the ring. */
@@ -9754,11 +10115,13 @@ sync_accept(struct collabd *s, struct conn *c, struct span update,
 
     if (c->right < RIGHT_WRITE)
         return sync_refuse(s, c, "read only");
+    if (d->file.broken && d->retry_ms == 0 && s->data.lock >= 0)
+        return sync_wait; /* it is being written anew */
     if (d->retry_ms > 0 && (r->structs > 0 || d->file.broken))
         return sync_refuse(s, c, "the server's disk takes no more");
     if (!sync_may_publish(s, room, span_len(update) + 16))
         return sync_wait;
-    full = sync_make_room(s, d, r, span_len(update));
+    full = sync_make_room(s, d, update, r);
     if (full != NULL) {
         d->full_ms = now_ms + DOC_RETRY_MS;
         d->wanted = *r;
@@ -9932,23 +10295,6 @@ sync_ask_again(struct collabd *s, struct room *room)
 
 /* ----- the document behind ------------------------------------------------------------ */
 
-/* A job of the disk has come back. */
-static void
-sync_job_done(struct collabd *s, struct work *w)
-{
-    struct doc *d = (struct doc *)(void *)((uint8_t *)w -
-                                           offsetof(struct doc, job));
-    struct room *room = &s->rooms[d - s->docs];
-
-    enum doc_job_kind kind = d->job.kind;
-
-    if (!doc_job_done(s, d, sync_job_done))
-        sync_take_back(s, room);
-    else if (kind == DOC_JOB_SYNC)
-        ring_show(&room->ring, d->job.entry);
-    room_mark_dirty(s, room);
-}
-
 /* Whatever is due for a document; answers when to look again. */
 static int64_t
 sync_tend(struct collabd *s, struct room *room)
@@ -9965,10 +10311,10 @@ sync_tend(struct collabd *s, struct room *room)
         sync_ask_again(s, room);
     if (doc_wants_merge(d) || left || idle <= now_ms ||
         (d->full_ms > 0 && d->full_ms <= now_ms))
-        (void)doc_merge(s, d);
+        sync_merge(s, room);
     if (d->full_ms > 0 && d->full_ms <= now_ms) {
         d->full_ms = now_ms + DOC_RETRY_MS;
-        if (sync_make_room(s, d, &d->wanted, d->wanted_len) == NULL) {
+        if (sync_has_room(s, d)) {
             d->full_ms = 0;
             sync_ask_again(s, room);
         }
@@ -9984,7 +10330,7 @@ sync_tend(struct collabd *s, struct room *room)
         doc_sync(s, d, sync_job_done);
     }
     if (d->tail_len > 0 && idle > now_ms && idle < next)
-        next = idle;
+        next = idle; /* later on a job or a sync wakes us */
     if (d->sync_at > 0 && !d->job.busy && d->sync_at < next)
         next = d->sync_at;
     if (d->retry_ms > 0 && d->retry_ms < next)
@@ -10010,6 +10356,39 @@ sync_finish(struct collabd *s, struct room *room)
     if (!d->job.busy && d->sync_at > 0)
         doc_sync(s, d, sync_job_done);
     doc_close(s, d);
+}
+
+/* ----- invariants ----------------------------------------------------------------------- */
+
+/* Whose pins are counted, and that a room's document is as it should be. */
+static void
+sync_check(const struct collabd *s, const struct room *room)
+{
+    const struct doc *d = room_doc(s, room);
+    unsigned before = 0, pins = d->job.busy &&
+                                (d->job.kind == DOC_JOB_WRITE ||
+                                 d->job.kind == DOC_JOB_MERGE);
+
+    if (d->state == DOC_CLOSED) {
+        must(room->count == 0);
+        return;
+    }
+    doc_check(s, d);
+    for (uint16_t m = room->first; m != NONE; m = s->conns[m].in.next) {
+        const struct sync *y = &s->syncs[m];
+        const uint8_t *at = y->joining ? y->whole.at : y->body.at;
+        const struct extent *e = &d->now.memory;
+        if (!y->pins)
+            continue;
+        if (at < e->at || at >= e->at + e->size) {
+            e = &d->before.memory;
+            must(at >= e->at && at < e->at + e->size);
+            before++;
+        } else {
+            pins++;
+        }
+    }
+    must(pins == d->now.pins && before == d->before.pins);
 }
 /* ===== 17  Transport =======================================================
  * Plain sockets and TLS behind one pair of calls, net_recv and net_send: they
@@ -12418,6 +12797,7 @@ conn_enter(struct collabd *s, struct conn *c, const struct http *h,
     } else {
         room_join(s, room, c, false, 0, true);
         sync_join(s, c);
+        room_mark_dirty(s, room); /* its document may need something */
         conn_set_deadline(s, c, now_ms + SYNC_QUIET_MS);
     }
 }
@@ -13007,6 +13387,15 @@ conn_next_ping(const struct collabd *s, const struct conn *c)
     return at - at % 1000;
 }
 
+/* What a message waits for that was not taken. */
+static enum pool
+conn_dry_pool(const struct collabd *s, const struct conn *c)
+{
+    return conn_is_member(s, c) && s->chunks.used < s->chunks.count
+               ? POOL_DOCUMENTS
+               : POOL_CHUNKS;
+}
+
 static void
 conn_read_frames(struct collabd *s, struct conn *c)
 {
@@ -13023,7 +13412,7 @@ conn_read_frames(struct collabd *s, struct conn *c)
     r->ended = false;
     if (r->waiting.kind != WS_NOTHING) {
         if (!conn_take(s, c, &r->waiting)) {
-            conn_starve(s, c, POOL_CHUNKS);
+            conn_starve(s, c, conn_dry_pool(s, c));
             return;
         }
         r->waiting.kind = WS_NOTHING;
@@ -13033,7 +13422,7 @@ conn_read_frames(struct collabd *s, struct conn *c)
         p = ws_next(r, &c->message, s->cfg->max_message);
         if (!conn_take(s, c, &p)) {
             r->waiting = p;
-            conn_starve(s, c, POOL_CHUNKS);
+            conn_starve(s, c, conn_dry_pool(s, c));
             return;
         }
     } while (p.kind != WS_NOTHING && c->state == CONN_OPEN);
@@ -13273,8 +13662,7 @@ conn_flush_block(struct collabd *s, struct conn *c)
     uint64_t sent, total = 0;
     int count;
 
-    if (sync_of(s, c)->head_len == 0 && sync_of(s, c)->joining)
-        sync_put_piece(s, c);
+    sync_go_on(s, c);
     while ((count = sync_gather(s, c, v, CONN_SEND_MAX)) > 0) {
         bool all;
         if (total >= CONN_SEND_MAX) {
@@ -13291,8 +13679,8 @@ conn_flush_block(struct collabd *s, struct conn *c)
     }
     if (sync_of(s, c)->joining) /* there was no memory for the next piece */
         conn_set_deadline(s, c, now_ms + CONN_RETRY_MS);
-    if (c->starved)
-        conn_set_deadline(s, c, now_ms); /* its message may go on */
+    if (c->starved && now_ms < s->due)
+        s->due = now_ms; /* its message may go on, in the next turn */
     return true;
 }
 
@@ -14677,7 +15065,7 @@ collabd_check(const struct collabd *s)
 {
     unsigned conns = 0, more = 0, receivers = 0, requests = 0, rooms = 0;
     unsigned dirty = 0;
-    uint64_t chunks = 0;
+    uint64_t chunks = 0, extents = 0;
 
     for (unsigned i = 0; i < s->conns_fresh; i++) {
         const struct conn *c = &s->conns[i];
@@ -14712,12 +15100,20 @@ collabd_check(const struct collabd *s)
         rooms++;
         dirty += room->dirty;
         room_check(s, room);
+        if (room->kind == ROOM_DOCUMENT)
+            sync_check(s, room);
         for (uint64_t e = room->ring.tail; e < room->ring.head; e++)
             for (uint32_t k = ring_entry(&room->ring, e)->block; k != NONE32;
                  k = s->chunks.next[k])
                 chunks++;
     }
     must(rooms == s->rooms_used);
+    for (unsigned i = 0; i < s->rooms_fresh; i++)
+        extents += doc_extents(&s->docs[i]);
+    for (unsigned i = 0; i < s->conns_fresh; i++)
+        extents += s->syncs[i].memory.size + s->syncs[i].source.size +
+                   s->syncs[i].sv.size + s->syncs[i].message.size;
+    must(extents == s->doc_used);
     for (uint16_t i = s->dirty_first; i != NONE; i = s->rooms[i].dirty_next) {
         must(s->rooms[i].used && s->rooms[i].dirty && dirty > 0);
         dirty--;

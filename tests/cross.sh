@@ -92,7 +92,7 @@ lacks() {
 # Builds and runs one program; its output is told only if it fails.
 try() {
     log=$out/$1.log
-    if "$cc" --sysroot="$root" -std=c11 -O1 -g -Wall -Wextra -Wpedantic \
+    if "$cc" --sysroot="$root" -std=c11 -O0 -g -Wall -Wextra -Wpedantic \
         -Wshadow -Wconversion -Wno-unused-function -Werror \
         -fsanitize=undefined -fno-sanitize-recover=undefined -static-libubsan \
         "tests/unit/test_$1.c" -o "$out/test_$1" -pthread -lcmocka -lwslay \

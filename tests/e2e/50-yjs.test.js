@@ -15,7 +15,7 @@ import { fragments, frame, OP } from './lib/raw.js';
 import { SLOW, temporaryFolder } from './lib/server.js';
 import {
     EMPTY, METRIC, REFERENCE, YClient, dump, flat, load, newDoc, ours, say,
-    startYjs, str, textOf, typed, uint, until, updatesOf, vectorOf, vectorText,
+    startYjs, str, textOf, typed, uint, updatesOf, vectorText,
 } from './lib/yjs.js';
 
 const count = (n) => Array.from({ length: n }, (_, i) => i);
@@ -657,11 +657,11 @@ const asOf = (token) => ({ headers: { Authorization: `Bearer ${token}` } });
 
 async function guarded(t) {
     const file = path.join(temporaryFolder(t), 'tokens');
-    writeFileSync(file, [['reader', 'read', 'doc/*'], ['writer', 'write', 'doc/*'],
-        ['one', 'write', 'doc/team/*'], ['channels', 'write', 'ws/*']]
-        .map(([token, right, what]) => `${hash(token)} ${right} ${what}\n`).join(''),
-    { mode: 0o600 });
-    return startYjs(t, { args: ['--tokens', file] });
+    const grant = (...lines) => writeFileSync(file, lines.map(([token, ...rest]) =>
+        `${hash(token)} ${rest.join(' ')}\n`).join(''), { mode: 0o600 });
+    grant(['reader', 'read', 'doc/*'], ['writer', 'write', 'doc/*'],
+        ['one', 'write', 'doc/team/*'], ['channels', 'write', 'ws/*']);
+    return Object.assign(await startYjs(t, { args: ['--tokens', file] }), { grant });
 }
 
 test('tokens decide about documents', ours, async (t) => {
@@ -680,6 +680,18 @@ test('tokens decide about documents', ours, async (t) => {
         assert.equal(code, wanted, `${token} on ${name}`);
         assert.deepEqual(heard, []);
     }
+});
+
+test('who loses its right loses the document at once', ours, async (t) => {
+    const server = await guarded(t);
+    const [writer, other] = [await YClient.enter(server, 'notes', asOf('writer')),
+        await YClient.enter(server, 'team/x', asOf('one'))];
+    server.grant(['reader', 'read', 'doc/*'], ['writer', 'read', 'doc/*']);
+    server.signal('SIGHUP');
+    assert.equal((await other.closed()).code, 4401);
+    await writer.send(say.update(typed('no longer')));
+    await writer.expect('denied');
+    assert.equal(textOf(await load(server, 'notes', asOf('reader'))), '');
 });
 
 test('a reader is not asked for its state, but kept up to date', ours, async (t) => {

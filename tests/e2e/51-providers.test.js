@@ -12,7 +12,7 @@ import * as Y from 'yjs';
 import { SLOW } from './lib/server.js';
 import {
     converged, dataFolder, freePort, join, newDoc, ours, REFERENCE, say, startYjs, synced,
-    textOf, until, updatesOf, YClient,
+    until, updatesOf, YClient,
 } from './lib/yjs.js';
 
 const count = (n) => Array.from({ length: n }, (_, i) => i);
@@ -346,7 +346,10 @@ async function slowLine(t, server, rate) {
     return { port: line.address().port };
 }
 
-test('in long times', { concurrency: true }, async (t) => {
+test('in long times', {
+    concurrency: true,
+    skip: process.env.COLLABD_SHORT && 'takes more than a minute',
+}, async (t) => {
     await Promise.all([
         t.test('a lone editor stays connected for 75 s', async (t) => {
             const server = await startYjs(t);

@@ -16,8 +16,9 @@ import { setTimeout as pause } from 'node:timers/promises';
 import * as Y from 'yjs';
 import { BINARY, SLOW, startServer } from './lib/server.js';
 import {
-    afterServers, converged, dataFolder, Dice, dump, EMPTY, flat, join, load, METRIC, newDoc, ours, say,
-    startYjs, synced, textOf, typed, until, updatesOf, YClient,
+    afterServers, converged, dataFolder, Dice, dump, EMPTY, flat, join, load,
+    METRIC, newDoc, ours, say, startYjs, synced, textOf, typed, until,
+    updatesOf, YClient,
 } from './lib/yjs.js';
 
 const ROOT = process.getuid() === 0;
@@ -103,6 +104,29 @@ test('two servers do not share a folder', ours, async (t) => {
     refused(['--listen', '127.0.0.1:0', '--data', dir], '', /use|lock|another/i);
     await write(server, 'notes', 3);
     assert.match(textOf(await load(server, 'notes')), /notes-2/);
+});
+
+test('--gc full takes deleted text off the disk, --gc off keeps it', ours, async (t) => {
+    for (const [gc, kept] of [['full', false], ['auto', null], ['off', true]]) {
+        const dir = dataFolder(t);
+        const server = await start(t, dir, '--gc', gc);
+        const client = await YClient.enter(server, 'notes');
+        const doc = newDoc(undefined, { gc: false }), text = doc.getText('text');
+        const edits = updatesOf(doc, () => {
+            text.insert(0, 'public secret public');
+            text.delete(6, 7);
+            count(400).forEach((i) => text.insert(13 + i, 'x'));    // worth a compaction
+        });
+        await client.send(...edits.map(say.update));
+        await client.settled();
+        await server.stop();
+        const onDisk = fs.readFileSync(journalOf(dir, 'notes')).includes('secret');
+        if (kept !== null)
+            assert.equal(onDisk, kept, gc);
+        const again = await start(t, dir, '--gc', gc);
+        assert.equal(textOf(await load(again, 'notes')), `public public${'x'.repeat(400)}`);
+        await again.stop();
+    }
 });
 
 const NAMES = ['notes', 'Notes', 'NOTES', 'a/b', 'a%2Fb/c', 'räum 1', '.hidden',
@@ -192,7 +216,7 @@ for (const fsync of ['interval', 'always'])
         const lost = [];
         let total = 0;
         for (const round of count(10)) {
-            const server = await start(t, dir, '--fsync', fsync);
+            const server = await start(t, dir, '--fsync', fsync, '--doc-memory', '128M');
             const stopped = { yes: false };
             const ends = await Promise.all(names.map((name) =>
                 witnessed(server, name, stopped)));
@@ -200,7 +224,7 @@ for (const fsync of ['interval', 'always'])
             await server.kill();
             stopped.yes = true;
             const seen = await Promise.all(ends.map((end) => end()));
-            const again = await start(t, dir, '--fsync', fsync);
+            const again = await start(t, dir, '--doc-memory', '128M');
             for (const [i, name] of names.entries()) {
                 const kept = await load(again, name);
                 const missing = Y.decodeUpdate(Y.encodeStateAsUpdate(seen[i],

@@ -17,8 +17,8 @@ import * as Y from 'yjs';
 import { closePayload, frame, OP, upgradeRequest } from './lib/raw.js';
 import { SLOW } from './lib/server.js';
 import {
-    afterServers, converged, dataFolder, join, load, METRIC, newDoc, ours, say, startYjs, synced, textOf,
-    typed, until, updatesOf, YClient,
+    afterServers, converged, dataFolder, join, load, METRIC, newDoc, ours, say,
+    startYjs, synced, textOf, typed, until, updatesOf, YClient,
 } from './lib/yjs.js';
 
 const K = 1024, M = K * K;
@@ -80,6 +80,35 @@ test('a document above --max-doc refuses, takes deletions, and heals', ours, asy
         'the refused text of a stock client never came');
     await converged([p, q]);
     assert.deepEqual([p.connects, q.connects, a.gone], [1, 1, false]);
+});
+
+test('a document that was taken in opens again, however it ended', ours, async (t) => {
+    for (const [how, edits, size] of [['kill', 200000, 1], ['kill', 5000, 400],
+        ['stop', 5000, 400]]) {
+        const dir = dataFolder(t);
+        const args = ['--doc-memory', '4M', '--data', dir];
+        const server = await startYjs(t, { args });
+        const client = await YClient.enter(server, 'notes');
+        const doc = newDoc(), text = doc.getText('text');
+        let denied = null;
+        for (let i = 0; i < edits && !denied; i += 500) {
+            const made = updatesOf(doc, () => count(500).forEach(() => text.insert(
+                Math.floor(text.length * Math.random()), size > 1 ? noise(size) : 'x')));
+            await client.send(...made.map(say.update));
+            await client.settled(60000 * SLOW);
+            denied = client.drain().find((m) => m.kind === 'denied');
+        }
+        const kept = await client.ask();
+        await server[how]();
+        const again = await startYjs(t, { args });
+        const now = await load(again, 'notes');
+        const then = new Y.Doc();
+        Y.applyUpdate(then, kept);
+        assert.ok(textOf(now) === textOf(then), `${how}: ${textOf(now).length} of ` +
+            `${textOf(then).length} (${denied?.reason})`);
+        t.diagnostic(`${how}: ${kept.length} bytes, ${denied?.reason}`);
+        await again.stop();
+    }
 });
 
 test('an update longer than --max-doc is refused, not its document', ours, async (t) => {

@@ -45,7 +45,7 @@ check(struct cfg *c)
         n = *(uint64_t *)field;
         if (set->kind == CFG_FLAG)
             assert(n <= 1);
-        else if (set->kind == CFG_LEVEL)
+        else if (set->kind == CFG_CHOICE)
             assert(n < 4);
         else
             assert(n >= (uint64_t)set->least && n <= (uint64_t)set->most);

@@ -164,7 +164,7 @@ read_all(struct jrnl_reader *r, const struct jrnl_file *f, size_t lent_len)
                     break;
             if (!whole || good > at || image[at + 3] == 1 || image[at + 3] == 2)
                 break;
-            unknown++;
+            unknown += image[at + 3] != JRNL_TRIAL;
             found_at[at] = true;
         }
         if (good == image_len) {

@@ -37,7 +37,9 @@ const askRest = m => event(7, m, 1)
 const answer = m => event(7, m, 2)
 const aware = (m, shape) => [event(7, m, 3), shape]
 const query = m => event(7, m, 5)
-const type = (m, n) => [event(7, m, 7), n]
+// So many keystrokes; or so many times 2 KiB at once, up to 32.
+const type = (m, n) => n < 32 ? [event(7, m, 7), n] : [type(m, 31), type(m, n - 31)]
+const paste = (m, n) => [event(7, m, 7), 223 + n]
 
 function put (name, settings, ...events) {
   fs.writeFileSync(path.join(folder, name), Buffer.from([settings, ...events.flat(9)]))
@@ -97,8 +99,17 @@ raw(0, 4, [1, 1, 20, 1, 132, 20, 0, 1, 97, 0]), wait(1), wait(4), disk(heal), wa
 put('memory-little', LITTLE, all, [...Array(6)].map(() => [type(0, 255), type(1, 255), wait(1)]), come(3, 1), wait(5))
 put('document-full', SHORT, all, type(0, 60), wait(1), edit(1, 0, 16, 4), edit(1, 7, 4, 0x83), wait(4), wait(4), answer(1))
 put('message-too-long', BRIEF, all, raw(0, 5, [...Array(60)].map(() => 1)), wait(1), come(0), answer(0), wait(1))
+const pastes = n => [...Array(n)].map(() => [paste(0, 32), wait(1)])
+put('blocks', DISK | KEEP, all, window(2, 4), pastes(3), window(1, 0), pastes(5), window(1, 7), lost(2), wait(1))
+put('blocks-many-at-once', KEEP, all, window(1, 0), window(2, 0), [...Array(6)].map(() => paste(0, 25)), wait(1), wait(4))
+put('merged-aside', DISK | KEEP, all, pastes(20), edit(1, 0, 16, 4), wait(1), edit(1, 0, 16, 4), wait(4), thread, wait(1), edit(1, 0, 16, 4),
+  wait(5), askAll(2), thread, wait(1), askAll(1), wait(5), thread, thread)
+put('in-pieces', KEEP, come(0), wait(1), pastes(66), wait(5), thread, come(2), window(2, 6), wait(1), edit(0, 0, 0, 4), wait(1),
+  window(2, 7), wait(1), lost(0), wait(5), thread, wait(1))
 put('compacted', DISK, all, [...Array(12)].map(() => [type(0, 255), wait(1)]), bye(0), bye(1), bye(2), wait(2), thread,
   come(0), wait(1), edit(0, 0, 0, 4), thread, wait(2), thread)
+put('waits-and-is-gone', DISK | ALWAYS | KEEP, all, wait(1), wait(1), disk(dry), edit(0, 0, 8, 21, 0x23, 0x0b), wait(1), reset(0), wait(1),
+  disk(heal), come(3), wait(1), wait(1))
 put('two-documents', DISK | LITTLE, come(0), come(1, 1), wait(1), edit(0, 0, 0, 4), edit(1, 0, 0, 4), wait(1), bye(0), bye(1),
   wait(4), thread, wait(1), come(0, 1), come(1), wait(1), edit(0, 2, 0, 9))
 put('silent-member', KEEP, comeSilent(0), come(1), wait(1), edit(1, 0, 0, 4), edit(0, 0, 16, 4), wait(1), askAll(0), wait(1))

@@ -460,6 +460,27 @@ function plain(value) {
 export const dump = (doc) => JSON.stringify(Object.fromEntries(
     Object.entries(ROOTS).map(([name, get]) => [name, plain(doc[get](name))])));
 
+// Do documents hold the very same units, with the same neighbours at birth and
+// the same ones deleted? Then whoever carried them did no harm, and if they show
+// them in another order it is because Yjs does: what UndoManager brings back now
+// and then has neighbours in an order that nobody saw, and its place depends on
+// what came first.
+export function sameUnits(docs) {
+    const units = (doc) => [...doc.store.clients.values()].flat().flatMap((s) =>
+        Array.from({ length: s.length }, (_, i) => {
+            const vague = !(s instanceof Y.Item);
+            const last = i ? { client: s.id.client, clock: s.id.clock + i - 1 } :
+                s.origin;
+            return [`${s.id.client}.${s.id.clock + i}`, vague ? null :
+                JSON.stringify([last, s.rightOrigin, s.content instanceof
+                    Y.ContentFormat || s.deleted])];
+        }));
+    const [first, ...others] = docs.map((doc) => new Map(units(doc)));
+    return others.every((other) => other.size === first.size &&
+        [...first].every(([id, unit]) => other.has(id) && (other.get(id) === unit ||
+            !other.get(id) || !unit)));
+}
+
 // ----- documents made by dice ----------------------------------------------
 
 // Numbers in [0, 1) that depend on the seed alone (mulberry32).
