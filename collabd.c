@@ -1863,6 +1863,8 @@ ring_copy_in(struct ring *r, const void *from, size_t len)
     size_t at = (size_t)(r->head_at & (r->size - 1));
     size_t first = len < r->size - at ? len : (size_t)r->size - at;
 
+    if (len == 0)
+        return;
     must(r->head_at - r->tail_at + len <= r->size);
     memcpy(r->bytes + at, from, first);
     if (first < len)
@@ -8533,6 +8535,8 @@ doc_wants_compaction(const struct collabd *s, const struct doc *d, bool left)
         return false;
     if (d->file.broken || d->aside)
         return true;
+    if (left && doc_gc[s->cfg->gc] == Y_GC_FULL)
+        return log > JRNL_HEAD; /* nothing deleted stays on the disk */
     if (left)
         return log > DOC_LEFT_LOG_MIN && log > snapshot / 16;
     return log > DOC_LOG_MIN && log > 2 * snapshot;

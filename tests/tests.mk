@@ -97,6 +97,6 @@ lint: all ## warnings as errors with gcc and clang, clang-tidy, cppcheck, papers
 	clang-tidy --quiet --warnings-as-errors='*' collabd.c -- -std=c11 2>/dev/null
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem -UCOLLABD_LOCAL --error-exitcode=1 collabd.c
-	shellcheck port/debian/deps tests/run.sh tests/bench/bench.sh tests/bench/docs.sh .ci/run tests/lint/*.sh
+	shellcheck port/debian/deps tests/run.sh tests/bench/bench.sh tests/bench/docs.sh tests/cross.sh .ci/run tests/lint/*.sh
 	tests/lint/book.sh
 	node tests/lint/man.js
