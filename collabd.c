@@ -3013,6 +3013,24 @@ y_known_write_sv(const struct y_known *k, struct out *out)
     return (size_t)o.n;
 }
 
+/* The same of an update in which each client has one section. */
+static size_t
+y_update_write_sv(struct span update, struct out *out)
+{
+    struct y_sink o = { out, 0 };
+    struct y_walk w = y_walk(update);
+    struct y_stretch s;
+    uint64_t n = 0;
+
+    while (y_walk_stretch(&w, &s))
+        n += s.from == 0;
+    y_put_uint(&o, n);
+    for (w = y_walk(update); y_walk_stretch(&w, &s);)
+        if (s.from == 0)
+            y_put_id(&o, (struct y_id){ s.client, s.to });
+    return (size_t)o.n;
+}
+
 /* ----- cutting ---------------------------------------------------------- */
 
 static const uint8_t y_fffd[3] = { 0xef, 0xbf, 0xbd };
@@ -5700,6 +5718,7 @@ struct doc {
     uint64_t log_bytes;  /* of the file, behind its snapshot */
     int64_t edited_ms;   /* when the tail last grew */
     int64_t sync_at;     /* when the file is to be synced; 0: it is */
+    int64_t merge_ms;    /* not before is the tail merged: it was in vain */
     int64_t compact_ms;  /* not before is the file written anew */
     int64_t retry_ms;    /* the disk failed: when to try again; 0: it did not */
     int64_t full_ms;     /* refused for want of room: when to look whether */
@@ -5818,6 +5837,7 @@ struct tokens {
     X(reloads_failed, "reloads that changed nothing") \
     X(turns,          "turns of the loop") \
     X(doc_updates,    "updates accepted") \
+    X(doc_bytes,      "bytes of updates accepted") \
     X(doc_known,      "updates that held nothing new") \
     X(doc_refused,    "updates refused: full, failing disk, read only") \
     X(doc_merges,     "tails merged into snapshots") \
@@ -5834,7 +5854,8 @@ struct counters {
     uint64_t closes[CLOSE_REASON_COUNT];
     uint64_t statuses[600 - 100];
     uint64_t turn_us_max, turn_us_sum;
-    uint64_t doc_merge_us_max, doc_load_us_max;
+    uint64_t doc_merge_us_max, doc_load_us_max, journal_write_us_max;
+    int64_t journal_synced_ms;
 };
 
 struct collabd {
@@ -6270,22 +6291,62 @@ stat_backlog(const struct collabd *s, uint64_t *longest, uint64_t *held)
     }
 }
 
-/* Documents that are open, and how many of them the disk refuses. */
-static void
-stat_documents(const struct collabd *s, unsigned *open, unsigned *failing)
+/* What there is of all open documents. */
+struct stat_documents {
+    unsigned open, failing;
+    uint64_t bytes;   /* of snapshots and tails */
+    uint64_t pending; /* stretches that came ahead of something missing */
+    uint64_t lag;     /* bytes of files that are not known to be on the disk */
+};
+
+static struct stat_documents
+stat_documents(const struct collabd *s)
 {
-    *open = *failing = 0;
+    struct stat_documents sum = { 0 };
+
     for (unsigned i = 0; i < s->rooms_fresh; i++) {
-        *open += s->docs[i].state == DOC_OPEN;
-        *failing += s->docs[i].state == DOC_OPEN && s->docs[i].retry_ms > 0;
+        const struct doc *d = &s->docs[i];
+        if (d->state != DOC_OPEN)
+            continue;
+        sum.open++;
+        sum.failing += d->retry_ms > 0;
+        sum.bytes += d->now.len + d->tail_len;
+        sum.pending += d->known.n_islands;
+        sum.lag += d->file.fd < 0 ? 0 : d->file.end - d->file.synced;
     }
+    return sum;
+}
+
+static void
+stat_about_documents(const struct collabd *s, struct out *o)
+{
+    struct stat_documents sum = stat_documents(s);
+    int64_t synced = s->count.journal_synced_ms;
+
+    stat_line(o, "documents", "gauge", "documents that are open", sum.open);
+    stat_line(o, "documents_failing", "gauge",
+              "those that the disk takes nothing of", sum.failing);
+    stat_line(o, "documents_bytes", "gauge", "their snapshots and tails",
+              sum.bytes);
+    stat_line(o, "documents_pending", "gauge",
+              "runs of structs that wait for something missing", sum.pending);
+    stat_line(o, "journal_lag_bytes", "gauge",
+              "written, but not known to be on the disk", sum.lag);
+    stat_line(o, "journal_last_sync_seconds", "gauge",
+              "since the last sync of a file; 0: there was none",
+              synced == 0 ? 0 : (uint64_t)(now_ms - synced) / 1000);
+    stat_line(o, "journal_write_us_max", "gauge",
+              "longest append, microseconds", s->count.journal_write_us_max);
+    stat_line(o, "doc_merge_us_max", "gauge", "longest merge, microseconds",
+              s->count.doc_merge_us_max);
+    stat_line(o, "doc_load_us_max", "gauge", "longest load, microseconds",
+              s->count.doc_load_us_max);
 }
 
 static void
 stat_metrics(const struct collabd *s, struct out *o)
 {
     uint64_t longest, held;
-    unsigned open, failing;
 
     stat_backlog(s, &longest, &held);
     stat_line(o, "clients", "gauge", "connections now", s->conns_used);
@@ -6294,14 +6355,7 @@ stat_metrics(const struct collabd *s, struct out *o)
     stat_line(o, "backlog_bytes_max", "gauge",
               "how far the slowest member is behind", longest);
     stat_line(o, "ring_bytes", "gauge", "what all rings hold", held);
-    stat_documents(s, &open, &failing);
-    stat_line(o, "documents", "gauge", "documents that are open", open);
-    stat_line(o, "documents_failing", "gauge",
-              "those that the disk takes nothing of", failing);
-    stat_line(o, "doc_merge_us_max", "gauge", "longest merge, microseconds",
-              s->count.doc_merge_us_max);
-    stat_line(o, "doc_load_us_max", "gauge", "longest load, microseconds",
-              s->count.doc_load_us_max);
+    stat_about_documents(s, o);
 #define X(name, help)                                                        \
     stat_line(o, #name "_total", "counter", help, s->count.name);
     COUNTERS(X)
@@ -6336,19 +6390,18 @@ stat_metrics(const struct collabd *s, struct out *o)
 static bool
 stat_health(const struct collabd *s, struct out *o)
 {
-    unsigned open, failing;
+    struct stat_documents sum = stat_documents(s);
 
-    stat_documents(s, &open, &failing);
     out_format(o, "{\"status\":\"%s\",\"version\":\"" COLLABD_VERSION "\","
                "\"clients\":%u,\"rooms\":%u,\"documents\":%u,"
                "\"kept\":\"%s\"%s}\n",
-               failing > 0 ? "failing" : s->stopping ? "stopping" : "ok",
-               s->conns_used, s->rooms_used, open,
+               sum.failing > 0 ? "failing" : s->stopping ? "stopping" : "ok",
+               s->conns_used, s->rooms_used, sum.open,
                s->data.fd < 0 ? "in memory only" : "in --data",
-               failing > 0 ? ",\"reason\":\"the disk takes no more of some "
+               sum.failing > 0 ? ",\"reason\":\"the disk takes no more of some "
                              "documents; see the log\""
                            : "");
-    return failing == 0;
+    return sum.failing == 0;
 }
 /* ===== 11  HTTP ============================================================
  * A request head to a verdict, by hand: RFC 9110, 9112 and 6455 4.2.  Pure:
@@ -8288,19 +8341,38 @@ doc_make_file(struct collabd *s, struct doc *d)
     return true;
 }
 
-/* Appends a part of the tail to a file. */
+/* The end of the updates of the tail that make up a record: as many as go into
+ * a piece, one at least. */
+static size_t
+doc_record_end(const struct doc *d, size_t from, size_t to)
+{
+    struct span run = span_of(d->tail.at + from, to - from), update;
+    size_t end = from;
+
+    if (to - from <= DOC_PIECE)
+        return to;
+    while (y_run_next(&run, &update) &&
+           (end == from ||
+            (size_t)(update.end - d->tail.at) - from <= DOC_PIECE))
+        end = (size_t)(update.end - d->tail.at);
+    return end;
+}
+
+/* Appends a part of the tail to a file, in records that a small window can
+ * hold. */
 static bool
 doc_write(struct collabd *s, struct jrnl_file *f, const struct doc *d,
           size_t from, size_t to)
 {
-    ssize_t n;
-
-    if (from == to)
-        return true;
-    n = jrnl_append(f, JRNL_UPDATES, span_of(d->tail.at + from, to - from));
-    if (n < 0)
-        return false;
-    s->count.journal_bytes += (uint64_t)n;
+    while (from < to) {
+        size_t end = doc_record_end(d, from, to);
+        ssize_t n = jrnl_append(f, JRNL_UPDATES,
+                                span_of(d->tail.at + from, end - from));
+        if (n < 0)
+            return false;
+        s->count.journal_bytes += (uint64_t)n;
+        from = end;
+    }
     return true;
 }
 
@@ -8310,7 +8382,7 @@ static bool
 doc_commit(struct collabd *s, struct doc *d)
 {
     if (d->written < d->tail_len && s->data.fd >= 0) {
-        uint64_t before;
+        uint64_t before, began = sys_now_us();
         if (d->file.fd < 0 && !doc_make_file(s, d))
             return false;
         before = d->file.end;
@@ -8318,6 +8390,9 @@ doc_commit(struct collabd *s, struct doc *d)
             (d->job.kind == DOC_JOB_INSTALL && d->job.fresh.fd >= 0 &&
              !doc_write(s, &d->job.fresh, d, d->written, d->tail_len)))
             return false;
+        began = sys_now_us() - began;
+        if (began > s->count.journal_write_us_max)
+            s->count.journal_write_us_max = began;
         d->log_bytes += d->file.end - before;
         s->count.journal_commits++;
         if (d->sync_at == 0)
@@ -8619,6 +8694,7 @@ doc_job_done(struct collabd *s, struct doc *d,
     switch (j->kind) {
     case DOC_JOB_SYNC:
         s->count.journal_syncs++;
+        s->count.journal_synced_ms = now_ms;
         jrnl_synced(&d->file, j->file.end, j->answer);
         if (j->answer != 0)
             return false;
@@ -9745,21 +9821,29 @@ sync_gather(const struct collabd *s, const struct conn *c,
     return n;
 }
 
-/* A member gets all that is known now.  If that is so long that the ring may
- * not wait, remembers what that is. */
+/* What a member is sent is so long that the ring may not wait: remembers what it
+ * has then, all of a snapshot or, if that is empty, all that is known now. */
 static void
-sync_keep_sv(struct collabd *s, struct conn *c, size_t answer)
+sync_keep_sv(struct collabd *s, struct conn *c, size_t answer,
+             struct span snapshot)
 {
     struct sync *y = sync_of(s, c);
     struct doc *d = sync_doc(s, c);
-    size_t len = y_known_write_sv(&d->known, NULL);
+    bool all = span_is_empty(snapshot);
+    size_t len;
     struct out o;
 
+    if (answer < SYNC_KEEP_SV || (all && d->shown < d->tail_len))
+        return; /* what it said or had before is less, but true */
+    len = all ? y_known_write_sv(&d->known, NULL)
+              : y_update_write_sv(snapshot, NULL);
+    extent_give(s, &y->sv);
     y->sv_len = 0;
-    if (answer < SYNC_KEEP_SV || !extent_take(s, &y->sv, len, false))
+    if (!extent_take(s, &y->sv, len, false))
         return;
     o = out_over(y->sv.at, len);
-    y->sv_len = y_known_write_sv(&d->known, &o);
+    y->sv_len = all ? y_known_write_sv(&d->known, &o)
+                    : y_update_write_sv(snapshot, &o);
 }
 
 /* The first sync has left: into the ring, or first what came meanwhile. */
@@ -9780,9 +9864,9 @@ sync_let_in(struct collabd *s, struct conn *c)
         extent_give(s, &y->sv);
         return;
     }
-    if (room->ring.shown < room->ring.head) {
-        y->first = true; /* not before what is under way can be part of it */
-        return;
+    if (y->entry == room->ring.shown && room->ring.shown < room->ring.head) {
+        y->first = true; /* it has all there is to be seen; what bars its way */
+        return;          /* is still on its way to the disk */
     }
     if (span_is_empty(sv))
         sv = span_of("", 1); /* of nothing */
@@ -9795,8 +9879,7 @@ sync_let_in(struct collabd *s, struct conn *c)
     y->memory = fresh;
     y->first = true;
     y->entry = room->ring.shown;
-    extent_give(s, &y->sv);
-    sync_keep_sv(s, c, len);
+    sync_keep_sv(s, c, len, span_of(NULL, 0));
     sync_put_large(y, span_of(prefix, sizeof prefix), span_of(fresh.at, len));
 }
 
@@ -9975,8 +10058,15 @@ static bool
 sync_snapshot_is_fresh(const struct collabd *s, const struct room *room)
 {
     const struct doc *d = room_doc(s, room);
+    uint64_t i = d->merged_entry;
 
-    return d->merged_entry >= room->ring.tail;
+    if (i < room->ring.tail || (d->now.len == 0 && d->shown > 0))
+        return false;
+    while (i < room->blocks_until &&
+           (ring_entry(&room->ring, i)->kind != RING_BLOCK ||
+            ring_entry(&room->ring, i)->block != NONE32))
+        i++;
+    return i >= room->blocks_until;
 }
 
 /* ----- joining and leaving -------------------------------------------------------- */
@@ -10045,7 +10135,6 @@ sync_step1(struct collabd *s, struct conn *c, struct span sv)
     sync_commit(s, room); /* what came in this turn is part of it */
     if (!sync_is_free(y))
         return sync_wait;
-    extent_give(s, &y->sv);
     whole = span_len(sv) == 1;
     entry = room->ring.shown;
     if (whole && y->patience == 0)
@@ -10072,8 +10161,11 @@ sync_step1(struct collabd *s, struct conn *c, struct span sv)
         return sync_fine;
     y->first = true;
     y->entry = entry;
-    if (d->tail_len == 0)
-        sync_keep_sv(s, c, y->joining ? SYNC_WHOLE_MAX : span_len(y->body));
+    y->sv_len = 0;
+    extent_give(s, &y->sv);
+    sync_keep_sv(s, c, y->joining ? SYNC_WHOLE_MAX : span_len(y->body),
+                 y->pins ? span_of(d->now.memory.at, d->now.len)
+                         : span_of(NULL, 0));
     return sync_fine;
 }
 
@@ -10137,6 +10229,7 @@ sync_accept(struct collabd *s, struct conn *c, struct span update,
     sync_publish(s, room, c, span_of(type, sizeof type), span_of(NULL, 0),
                  update);
     s->count.doc_updates++;
+    s->count.doc_bytes += span_len(update);
     return sync_fine;
 }
 
@@ -10188,7 +10281,7 @@ sync_awareness(struct collabd *s, struct conn *c, struct span message)
     in = y_aware_open(message, &left);
     alone = left == 1;
     while (y_aware_next(&in, &left, &entry)) {
-        if (y->messages <= 2 && alone)
+        if (y->messages < 2 && alone)
             y->itself = entry.client; /* clients begin with themselves */
         if (!sync_may_publish(s, room, span_len(entry.json) + 64))
             break; /* it is said again within 15 s */
@@ -10215,8 +10308,6 @@ sync_message(struct collabd *s, struct conn *c, struct span message)
     uint64_t type, step;
     struct span m = message;
 
-    if (y->messages <= 2)
-        y->messages++;
     if (!y_uint(&m, &type))
         return sync_bad(s, "a message without a type", 0);
     if (type == SYNC_SYNC) {
@@ -10313,9 +10404,12 @@ sync_tend(struct collabd *s, struct room *room)
     if (d->retry_ms > 0 && d->retry_ms <= now_ms &&
         doc_trial(s, d))
         sync_ask_again(s, room);
-    if (doc_wants_merge(d) || left || idle <= now_ms ||
-        (d->full_ms > 0 && d->full_ms <= now_ms))
+    if ((doc_wants_merge(d) || left || idle <= now_ms ||
+         (d->full_ms > 0 && d->full_ms <= now_ms)) &&
+        d->merge_ms <= now_ms) {
         sync_merge(s, room);
+        d->merge_ms = d->shown > 0 && !d->job.busy ? now_ms + DOC_RETRY_MS : 0;
+    }
     if (d->full_ms > 0 && d->full_ms <= now_ms) {
         d->full_ms = now_ms + DOC_RETRY_MS;
         if (sync_has_room(s, d)) {
@@ -10326,7 +10420,9 @@ sync_tend(struct collabd *s, struct room *room)
     if (!d->job.busy && doc_wants_compaction(s, d, left) &&
         d->compact_ms <= now_ms) {
         d->compact_ms = now_ms + DOC_RETRY_MS;
-        (void)doc_compact(s, d, sync_job_done);
+        if (!doc_compact(s, d, sync_job_done) && d->file.broken &&
+            !d->job.busy)
+            d->retry_ms = now_ms + DOC_RETRY_MS; /* refused, not waiting */
     }
     if (!d->job.busy && d->sync_at > 0 &&
         (d->sync_at <= now_ms || s->cfg->fsync || left)) {
@@ -10335,6 +10431,8 @@ sync_tend(struct collabd *s, struct room *room)
     }
     if (d->tail_len > 0 && idle > now_ms && idle < next)
         next = idle; /* later on a job or a sync wakes us */
+    if (d->merge_ms > now_ms && d->merge_ms < next)
+        next = d->merge_ms;
     if (d->sync_at > 0 && !d->job.busy && d->sync_at < next)
         next = d->sync_at;
     if (d->retry_ms > 0 && d->retry_ms < next)
@@ -13300,6 +13398,7 @@ conn_take_sync(struct collabd *s, struct conn *c, const struct ws_piece *p,
     v = sync_message(s, c, message);
     if (v.wait)
         return false;
+    y->messages = (uint8_t)(y->messages + (y->messages < 2));
     conn_charge(s, c, 1, span_len(message));
     extent_give(s, &y->message);
     c->message.len = 0;
@@ -14196,7 +14295,9 @@ loop_is_stalled_holder(struct collabd *s, const struct conn *c, unsigned pools)
     return ((pools & POOL_REQUESTS) != 0 && c->request != NONE &&
             c->state == CONN_HEAD) ||
            ((pools & POOL_RECEIVERS) != 0 && c->receiver != NONE) ||
-           ((pools & POOL_CHUNKS) != 0 && c->message.first != NONE32);
+           ((pools & POOL_CHUNKS) != 0 && c->message.first != NONE32) ||
+           ((pools & POOL_DOCUMENTS) != 0 && conn_is_member(s, c) &&
+            sync_of(s, c)->message.at != NULL);
 }
 
 /* Closes one stalled holder of a dry pool, of the address that holds most. */
