@@ -39,7 +39,7 @@ stage unit make -j2 unit
 stage unit-clang make -j2 unit CC=clang BUILD=build/clang
 stage valgrind make -j2 valgrind
 stage cross tests/cross.sh s390x armhf
-stage fuzz make -j2 fuzz FUZZ_SECONDS="${FUZZ_SECONDS:-10}"
+stage fuzz make -j2 fuzz FUZZ_SECONDS="${FUZZ_SECONDS:-6}"
 stage e2e node_tests e2e/
 # The same once more against the sanitizers' build; the storm is shorter, and
 # what tests no server or only takes long is left out.
