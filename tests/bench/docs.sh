@@ -183,7 +183,7 @@ paper() {
 # The same edits in an empty document and in one of 10 MB.
 big() {
     wanted big || return 0
-    settings=(--doc-memory 128M --max-doc 64M)
+    settings=(--doc-memory 512M --max-doc 64M)
     one big "$1" big file="$bench/paper.bin" "${few[@]}"
     suffix=_10m
     one big "$1" big file="$bench/paper.bin" "${few[@]}" \
