@@ -7576,7 +7576,7 @@ access_why_host(struct span host, char *why, size_t size)
  * came (chapter Tables draws them).  To accept an update costs a copy into the
  * tail, whatever the document's size; now and then the tail is merged into a
  * new snapshot.  The journal's file follows: what the tail got in a turn is
- * appended as one record before any member sees it.
+ * appended, mostly as one record, before any member sees it.
  *
  * All memory of documents is pages that count against --doc-memory.  Of that
  * as much is held back as compacting the costliest open document takes, so
@@ -7619,7 +7619,7 @@ extent_left(const struct collabd *s)
     return free > s->doc_reserve ? free - s->doc_reserve : 0;
 }
 
-/* Takes pages for at least `size` bytes.  False: the machine or --doc-memory
+/* Takes pages for at least so many bytes.  False: the machine or --doc-memory
  * has no more; `compacting` may use what is held back. */
 static bool
 extent_take(struct collabd *s, struct extent *e, uint64_t bytes,
@@ -7629,9 +7629,8 @@ extent_take(struct collabd *s, struct extent *e, uint64_t bytes,
     void *at;
 
     must(e->at == NULL);
-    if (size > SIZE_MAX / 2)
-        return false;
-    if (size > (compacting ? s->cfg->doc_memory - s->doc_used
+    if (size > SIZE_MAX / 2 ||
+        size > (compacting ? s->cfg->doc_memory - s->doc_used
                            : extent_left(s)))
         return false;
     at = sys.mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE,
@@ -7908,14 +7907,19 @@ doc_wants_merge(const struct doc *d)
 
 /* ----- accepting ------------------------------------------------------------------ */
 
+/* How long a document may become. */
+static uint64_t
+doc_most(const struct collabd *s)
+{
+    return s->cfg->max_doc > 0 ? s->cfg->max_doc : s->cfg->doc_memory / 4;
+}
+
 /* May a document grow by an update?  NULL: yes; else what forbids it. */
 static const char *
 doc_limit(const struct collabd *s, const struct doc *d, struct span update,
           const struct y_report *r)
 {
-    uint64_t most = s->cfg->max_doc > 0 ? s->cfg->max_doc
-                                        : s->cfg->doc_memory / 4;
-    uint64_t ahead, unknown;
+    uint64_t most = doc_most(s), ahead, unknown;
 
     if (r->structs == 0)
         most += most / 8; /* deletions make room */
@@ -10118,7 +10122,7 @@ sync_leave(struct collabd *s, struct conn *c)
 
 /* ----- messages ------------------------------------------------------------------- */
 
-/* SyncStep1: answers with all the member lacks, as one message. */
+/* SyncStep1: answers with all the member lacks. */
 static struct sync_verdict
 sync_step1(struct collabd *s, struct conn *c, struct span sv)
 {
@@ -10187,12 +10191,10 @@ sync_make_room(struct collabd *s, struct doc *d, struct span update,
 static bool
 sync_has_room(struct collabd *s, struct doc *d)
 {
-    uint64_t most = s->cfg->max_doc > 0 ? s->cfg->max_doc
-                                        : s->cfg->doc_memory / 4;
-
-    if (d->now.len + d->tail_len + d->wanted_len + 8 > most ||
-        d->known.n_islands >= DOC_GAPS_MAX)
-        return false;
+    if (d->now.len + d->tail_len + d->wanted_len + 8 > doc_most(s) ||
+        d->known.n_islands >= DOC_GAPS_MAX ||
+        d->known.used >= DOC_CLIENTS_MAX)
+        return false; /* asked now, they would only be refused again */
     while (!doc_ask(s, d, &d->wanted, d->wanted_len))
         if (!room_close_oldest(s, true))
             return false;
